@@ -1,9 +1,9 @@
 """Canonical bytes: the one encoder whose output is hashed, signed or committed to.
 
-A value is a domain tag followed by its fields in declaration order. Integers are 8 bytes big-endian (``u64``, ``i64``),
-byte strings and text (UTF-8, NFC) carry a ``u32`` length, sequences a ``u32`` count, sets are sorted first. There are
-no floats, no maps and no optional fields, so equal values have equal bytes and every byte has one reading.
-"""
+A value is a domain tag followed by its fields in declaration order. Integers are 8 bytes big-endian (``u64``,
+``i64``), byte strings and text (UTF-8, NFC) carry a ``u32`` length, sequences a ``u32`` count, sets are
+sorted first. There are no floats, no maps and no optional fields, so equal values have equal bytes and every
+byte has one reading."""
 
 import unicodedata
 from collections.abc import Callable, Sequence

@@ -1,8 +1,7 @@
 """The three refusals, named for what the caller does next.
 
-``Rejected``: tell the sender, do not retry. ``Unavailable``: retry later. ``Corrupted``: stop, a person must look.
-Bugs are ``assert``. Libraries' exceptions are translated in the module that imports the library.
-"""
+``Rejected``: tell the sender, do not retry. ``Unavailable``: retry later. ``Corrupted``: stop, a person must
+look. Bugs are ``assert``. Libraries' exceptions are translated in the module that imports the library."""
 
 
 class Refusal(Exception):

@@ -1,9 +1,10 @@
-"""OpenZeppelin's StandardMerkleTree: double-hashed leaves, sorted, in a heap whose pairs are hashed in sorted order.
+"""OpenZeppelin's StandardMerkleTree: double-hashed leaves, sorted, in a heap whose pairs are hashed in sorted
+order.
 
-Whoever holds the same set of leaves computes the same root, whatever order they came in. The double hash keeps a
-64-byte inner node from being passed off as a leaf. Format: npm ``@openzeppelin/merkle-tree`` 1.0.8; the contracts
-verify with OpenZeppelin's ``MerkleProof``. Vectors that both sides check: ``tests/vectors/merkle.json``.
-"""
+Whoever holds the same set of leaves computes the same root, whatever order they came in. The double hash
+keeps a 64-byte inner node from being passed off as a leaf. Format: npm ``@openzeppelin/merkle-tree`` 1.0.8;
+the contracts verify with OpenZeppelin's ``MerkleProof``. Vectors that both sides check:
+``tests/vectors/merkle.json``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ def receipt_leaf(receipt_id: bytes) -> bytes:
 
 
 def reward_leaf(chain_id: int, distributor: bytes, contributor_id: bytes, cumulative_wei: int) -> bytes:
-    """``keccak(keccak(abi.encode(uint256 chainId, address distributor, bytes32 contributorId, uint256 cumulativeWei)))``."""
+    """``keccak(keccak(abi.encode(uint256 chainId, address distributor, bytes32 contributorId, uint256
+    cumulativeWei)))``."""
     assert len(distributor) == 20 and len(contributor_id) == 32
     words = (
         chain_id.to_bytes(32, "big")

@@ -1,8 +1,8 @@
 """The vocabulary: the frozen values that folders hand to each other, and the canonical bytes that name them.
 
-Ids are 32 bytes: SHA-256 of canonical bytes for what lives in files (records, shards, manifests, adapters), keccak-256
-for what reaches the chain (receipts, batches, periods). Addresses are 20 bytes; text forms exist at the borders only.
-Money is ``*_gwei``: integers of 10⁻⁹ token, below 2⁶³.
+Ids are 32 bytes: SHA-256 of canonical bytes for what lives in files (records, shards, manifests, adapters),
+keccak-256 for what reaches the chain (receipts, batches, periods). Addresses are 20 bytes; text forms exist
+at the borders only. Money is ``*_gwei``: integers of 10^-9 token, below 2^63.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ ZERO_ID = bytes(32)
 
 
 def contributor_id(wallet: bytes) -> bytes:
-    """Id of a beneficiary, fixed by the first wallet it registered with; the wallet may rotate, the id stays."""
+    """Id of a beneficiary, fixed by the first wallet it registered with; the wallet may rotate, the id
+    stays."""
     return keccak256(Encoder("openledger/contributor/1").address(wallet).finish())
 
 
@@ -23,9 +24,8 @@ def contributor_id(wallet: bytes) -> bytes:
 class Record:
     """One accepted row: something a question can be asked about, and its answer.
 
-    ``subject`` is what is asked about (a description), ``answer`` what must be said (a name). ``source_key`` (for
-    example ``ruff:B006``) is the ground truth of where the row comes from.
-    """
+    ``subject`` is what is asked about (a description), ``answer`` what must be said (a name). ``source_key``
+    (for example ``ruff:B006``) is the ground truth of where the row comes from."""
 
     datanet: str
     contributor_id: bytes
@@ -50,6 +50,13 @@ class Record:
             .finish()
         )
 
+    @staticmethod
+    def from_canonical(data: bytes) -> "Record":
+        d = Decoder(data, "openledger/record/1")
+        record = Record(d.text(), d.id32(), d.text(), d.text(), d.text(), d.text(), d.text(), d.text())
+        d.finish()
+        return record
+
     @property
     def record_id(self) -> bytes:
         return sha256(self.canonical())
@@ -59,9 +66,8 @@ class Record:
 class Shard:
     """An upload: committed to (salted root) before its bytes are shown, then revealed and signed.
 
-    ``commitment`` is keccak of the salt and the Merkle root over the SHA-256 of every line; ``committed_seq`` orders
-    commitments of one platform and decides who was first; it is 0 until the database has given it.
-    """
+    ``commitment`` is keccak of the salt and the Merkle root over the SHA-256 of every line; ``committed_seq``
+    orders commitments of one platform and decides who was first; it is 0 until the database has given it."""
 
     datanet: str
     contributor_id: bytes
@@ -86,7 +92,8 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A refused row and its reason. ``code`` is stable (``too_short``, ``pii_email``), ``detail`` has both values."""
+    """A refused row and its reason. ``code`` is stable (``too_short``, ``pii_email``), ``detail`` has both
+    values."""
 
     shard_id: bytes
     row: int
@@ -97,7 +104,8 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Records that are duplicates of one another: a star around the earliest committed one, which alone is trained on and paid."""
+    """Records that are duplicates of one another: a star around the earliest committed one, which alone is
+    trained on and paid."""
 
     group_id: bytes  # record_id of the first
     contributor_id: bytes  # of the first
@@ -124,10 +132,9 @@ class ManifestEntry:
 class Manifest:
     """The sealed, ordered, hashed training set of one Datanet.
 
-    ``entries`` (sorted by group id) are trained on. ``controls`` (record ids, sorted) were accepted and are never
-    trained on: their scores set the noise floor. ``wordings`` are trained with, ``heldout_wordings`` are only asked.
-    A wording holds ``{subject}`` exactly once.
-    """
+    ``entries`` (sorted by group id) are trained on. ``controls`` (record ids, sorted) were accepted and are
+    never trained on: their scores set the noise floor. ``wordings`` are trained with, ``heldout_wordings``
+    are only asked. A wording holds ``{subject}`` exactly once."""
 
     datanet: str
     licence: str
@@ -156,6 +163,22 @@ class Manifest:
             .finish()
         )
 
+    @staticmethod
+    def from_canonical(data: bytes) -> "Manifest":
+        def entry(d: Decoder) -> ManifestEntry:
+            group = Group(d.id32(), d.id32(), d.each(Decoder.id32))
+            return ManifestEntry(group, Record.from_canonical(d.blob()))
+
+        def control(d: Decoder) -> Record:
+            return Record.from_canonical(d.blob())
+
+        d = Decoder(data, "openledger/manifest/1")
+        manifest = Manifest(
+            d.text(), d.text(), d.each(entry), d.each(control), d.each(Decoder.text), d.each(Decoder.text)
+        )
+        d.finish()
+        return manifest
+
     @property
     def manifest_id(self) -> bytes:
         return sha256(self.canonical())
@@ -163,7 +186,8 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A published LoRA version. ``adapter_id`` is the SHA-256 of its packed file, so the id is the content."""
+    """A published LoRA version. ``adapter_id`` is the SHA-256 of its packed file, so the id is the
+    content."""
 
     adapter_id: bytes
     name: str  # owner/model
@@ -181,10 +205,9 @@ class Adapter:
 class Receipt:
     """What one inference was, cost and used. Never holds text.
 
-    ``adapter_id`` is zero for the base model. ``commitment`` is keccak over a salt, the SHA-256 of prompt and answer and
-    the id of the index from which the evidence follows. ``payer_seq`` counts from 1 without gaps per payer. ``hour`` is
-    hours since 1970: times on chain are coarse on purpose.
-    """
+    ``adapter_id`` is zero for the base model. ``commitment`` is keccak over a salt, the SHA-256 of prompt and
+    answer and the id of the index from which the evidence follows. ``payer_seq`` counts from 1 without gaps
+    per payer. ``hour`` is hours since 1970: times on chain are coarse on purpose."""
 
     request_id: bytes
     payer: bytes
@@ -237,7 +260,8 @@ class Capture:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Receipts settled by one transaction. Receipts are sorted by id, captures by payer: order of arrival moves nothing."""
+    """Receipts settled by one transaction. Receipts are sorted by id, captures by payer: order of arrival
+    moves nothing."""
 
     batch_id: int  # counts from 1, no gaps
     receipts: tuple[Receipt, ...]
@@ -250,7 +274,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """What one group did to one adapter's answers of a period: signed, in the adapter's own fixed-point unit."""
+    """What one group did to one adapter's answers of a period: signed, in the adapter's own fixed-point
+    unit."""
 
     group_id: bytes
     contributor_id: bytes

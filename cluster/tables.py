@@ -1,9 +1,8 @@
 """The rows: everything the platform knows that is not a file. One schema for SQLite and PostgreSQL.
 
-Ids, addresses and hashes are lower-case hex text without ``0x``. Money is BIGINT ``*_gwei``, wei is text. Times are
-UTC epoch seconds, integers. States are words from the docstring of their table. Alembic's migrations build what this
-module declares; a test compares the two.
-"""
+Ids, addresses and hashes are lower-case hex text without ``0x``. Money is BIGINT ``*_gwei``, wei is text.
+Times are UTC epoch seconds, integers. States are words from the docstring of their table. Alembic's
+migrations build what this module declares; a test compares the two."""
 
 from sqlalchemy import BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -16,9 +15,6 @@ class Row(DeclarativeBase):
     type_annotation_map = {int: BigInteger, str: Text, bytes: LargeBinary}  # noqa: RUF012  (SQLAlchemy's own shape)
 
 
-# --- people ----------------------------------------------------------------------------------------------------------
-
-
 class ContributorRow(Row):
     """Anyone who can be paid: contributors, model owners, the host, the platform, the pool."""
 
@@ -29,7 +25,8 @@ class ContributorRow(Row):
 
 
 class PayerRow(Row):
-    """One escrow account. ``spent + reserved <= min(deposited, ceiling)`` holds by conditional update, always."""
+    """One escrow account. ``spent + reserved <= min(deposited, ceiling)`` holds by conditional update,
+    always."""
 
     __tablename__ = "payers"
     payer: Mapped[str] = mapped_column(Hex20, primary_key=True)
@@ -43,8 +40,8 @@ class PayerRow(Row):
 
 
 class AccountRow(Row):
-    """Who holds API keys. ``budget_gwei`` caps what the account may spend of its payer's money: trial accounts share
-    the platform's own payer, each within its trial credit."""
+    """Who holds API keys. ``budget_gwei`` caps what the account may spend of its payer's money: trial
+    accounts share the platform's own payer, each within its trial credit."""
 
     __tablename__ = "accounts"
     account_id: Mapped[str] = mapped_column(primary_key=True)
@@ -65,9 +62,6 @@ class ApiKeyRow(Row):
     secret_sha256: Mapped[str] = mapped_column(Hex32)
     created_at: Mapped[int]
     revoked_at: Mapped[int | None]
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
 
 
 class DatanetRow(Row):
@@ -101,7 +95,8 @@ class ShardRow(Row):
 
 
 class RecordRow(Row):
-    """``kept`` (trained on), ``duplicate`` (of its group's first), ``conflict`` (for review), ``control``, ``withdrawn``."""
+    """``kept`` (trained on), ``duplicate`` (of its group's first), ``conflict`` (for review), ``control``,
+    ``withdrawn``."""
 
     __tablename__ = "records"
     record_id: Mapped[str] = mapped_column(Hex32, primary_key=True)
@@ -132,11 +127,9 @@ class ManifestRow(Row):
     created_at: Mapped[int]
 
 
-# --- models ----------------------------------------------------------------------------------------------------------
-
-
 class RunRow(Row):
-    """A job of ``pipelines/``: ``submitted → running → succeeded | failed``. ``run_id`` is the submission id."""
+    """A job of ``pipelines/``: ``submitted → running → succeeded | failed``. ``run_id`` is the submission
+    id."""
 
     __tablename__ = "runs"
     run_id: Mapped[str] = mapped_column(primary_key=True)
@@ -164,11 +157,9 @@ class AdapterRow(Row):
     __table_args__ = (UniqueConstraint("name", "version"),)
 
 
-# --- requests --------------------------------------------------------------------------------------------------------
-
-
 class ChargeRow(Row):
-    """``reserved → captured | released``. One row per request id; the reservation's lease is renewed while tokens flow."""
+    """``reserved → captured | released``. One row per request id; the reservation's lease is renewed while
+    tokens flow."""
 
     __tablename__ = "charges"
     request_id: Mapped[str] = mapped_column(Hex32, primary_key=True)
@@ -191,7 +182,8 @@ class ChargeRow(Row):
 
 
 class ReceiptRow(Row):
-    """Immutable but for ``evidence_state`` (``pending → ready``, or ``none``) and ``feedback`` (-1, 0, 1 by its payer)."""
+    """Immutable but for ``evidence_state`` (``pending → ready``, or ``none``) and ``feedback`` (-1, 0, 1 by
+    its payer)."""
 
     __tablename__ = "receipts"
     receipt_id: Mapped[str] = mapped_column(Hex32, primary_key=True)
@@ -214,7 +206,8 @@ class ReceiptRow(Row):
 
 
 class TranscriptRow(Row):
-    """Prompt and answer, encrypted, kept until the adapter's period is closed and its challenge delay is over."""
+    """Prompt and answer, encrypted, kept until the adapter's period is closed and its challenge delay is
+    over."""
 
     __tablename__ = "transcripts"
     receipt_id: Mapped[str] = mapped_column(Hex32, primary_key=True)
@@ -222,11 +215,9 @@ class TranscriptRow(Row):
     ciphertext: Mapped[bytes]
 
 
-# --- money -----------------------------------------------------------------------------------------------------------
-
-
 class LedgerEntryRow(Row):
-    """Double entry: the entries of one ``posting`` sum to zero, and so do all. ``ref`` says why (``receipt:…``)."""
+    """Double entry: the entries of one ``posting`` sum to zero, and so do all. ``ref`` says why
+    (``receipt:…``)."""
 
     __tablename__ = "ledger_entries"
     posting: Mapped[str] = mapped_column(primary_key=True)
@@ -238,11 +229,9 @@ class LedgerEntryRow(Row):
     created_at: Mapped[int]
 
 
-# --- settlement ------------------------------------------------------------------------------------------------------
-
-
 class LeaseRow(Row):
-    """Who may write for ``name`` until when. ``term`` grows with every new holder and fences every write of an older one."""
+    """Who may write for ``name`` until when. ``term`` grows with every new holder and fences every write of
+    an older one."""
 
     __tablename__ = "leases"
     name: Mapped[str] = mapped_column(primary_key=True)
@@ -252,7 +241,8 @@ class LeaseRow(Row):
 
 
 class BatchRow(Row):
-    """``sealed`` (receipts fixed, payload built) → ``dispersed`` (certificate journalled) → ``sent`` → ``mined`` → ``final``."""
+    """``sealed`` (receipts fixed, payload built) → ``dispersed`` (certificate journalled) → ``sent`` →
+    ``mined`` → ``final``."""
 
     __tablename__ = "batches"
     batch_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
@@ -270,7 +260,8 @@ class BatchRow(Row):
 
 
 class BatchReceiptRow(Row):
-    """The outbox's other half: a receipt without a row here is waiting; the key makes a second batch impossible."""
+    """The outbox's other half: a receipt without a row here is waiting; the key makes a second batch
+    impossible."""
 
     __tablename__ = "batch_receipts"
     receipt_id: Mapped[str] = mapped_column(ForeignKey("receipts.receipt_id"), primary_key=True)
@@ -295,7 +286,8 @@ class TransactionRow(Row):
 
 
 class PeriodRow(Row):
-    """``closed`` (payload and root computed by the job) → ``dispersed`` → ``sent`` → ``mined`` → ``final``."""
+    """``closed`` (payload and root computed by the job) → ``dispersed`` → ``sent`` → ``mined`` →
+    ``final``."""
 
     __tablename__ = "periods"
     period_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
