@@ -24,13 +24,15 @@ def contributor_id(wallet: bytes) -> bytes:
 class Record:
     """One accepted row: something a question can be asked about, and its answer.
 
-    ``subject`` is what is asked about (a description), ``answer`` what must be said (a name). ``source_key``
-    (for example ``ruff:B006``) is the ground truth of where the row comes from."""
+    ``subject`` is what is asked about (a description), ``answer`` what must be said (a name), ``text`` the
+    whole passage behind them: duplicates, spans and citations look at the passage. ``source_key`` (for
+    example ``ruff:B006``) is the ground truth of where the row comes from."""
 
     datanet: str
     contributor_id: bytes
     subject: str
     answer: str
+    text: str
     source: str
     source_version: str
     source_key: str
@@ -43,6 +45,7 @@ class Record:
             .id32(self.contributor_id)
             .text(self.subject)
             .text(self.answer)
+            .text(self.text)
             .text(self.source)
             .text(self.source_version)
             .text(self.source_key)
@@ -53,7 +56,9 @@ class Record:
     @staticmethod
     def from_canonical(data: bytes) -> "Record":
         d = Decoder(data, "openledger/record/1")
-        record = Record(d.text(), d.id32(), d.text(), d.text(), d.text(), d.text(), d.text(), d.text())
+        record = Record(
+            d.text(), d.id32(), d.text(), d.text(), d.text(), d.text(), d.text(), d.text(), d.text()
+        )
         d.finish()
         return record
 
