@@ -1,0 +1,41 @@
+# One command each. Every target does its own set-up; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup check format types contracts test test-slow demo audit bench clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(READY)  ## Python environment from the pinned constraints (a few minutes the first time)
+
+$(READY): pyproject.toml constraints.txt
+	PYTHON="$(PYTHON)" VENV="$(VENV)" sh configs/setup.sh
+	@touch $@
+
+check: $(READY) format types  ## lint, format, strict types, arrows
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+contracts: $(READY)  ## recompile the contracts and compare with the checked-in artifacts
+	$(BIN)/python -m chain.compile --check
+
+test: $(READY)  ## everything that takes seconds: no GPU, no network beyond the registries
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(READY)  ## real model, killed processes, whole clusters
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+demo: $(READY)  ## from shard to claim, on real input, then leaves it running
+	$(BIN)/openledger demo
+
+clean:  ## forget everything but the sources
+	rm -rf $(VENV) .openledger build dist *.egg-info
