@@ -73,7 +73,7 @@ def test_without_any_credit_everything_goes_to_the_pool() -> None:
 
 @given(st.lists(st.integers(1, 10**6), min_size=2, max_size=9), st.integers(0, 1000), st.integers(1, 8))
 def test_splitting_gains_less_than_the_own_noise_floor(owned: list[int], floor: int, cut: int) -> None:
-    """By setting its weak records apart a contributor can win back what the floor took from it, never more."""
+    """By setting its weak records apart a contributor wins back what the floor took from it, never more."""
     cut = min(cut, len(owned) - 1)
     two = [credit(BOB if i < cut else EVE, v, i) for i, v in enumerate(owned)]
     reference = credit(ANN, 2**60)  # dwarfs the rest, so gwei are proportional to credit above the floor
