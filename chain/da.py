@@ -15,7 +15,7 @@ import httpx
 
 from attribution.errors import Corrupted, Rejected, Unavailable
 
-DaMode = Literal["standard", "op-generic"]
+DaMode = Literal["standard", "optimism_generic"]
 
 MAX_PAYLOAD_BYTES = (
     2**19 - 1

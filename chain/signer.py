@@ -19,7 +19,7 @@ from pathlib import Path
 
 from attribution.errors import Corrupted, Refusal, Rejected, Unavailable
 from chain.signer_policy import DailyFees, SignerPolicy
-from chain.transactions import SignedTransaction, Transaction, address_of, parse, sign
+from chain.transactions import Call, Fees, Transaction, address_of, parse, tx_hash
 
 MAX_LINE_BYTES = 2**20  # the longest calldata is a certificate and some thousand captures, in hex
 IDLE_S = 60.0
@@ -43,14 +43,14 @@ class Signer:
     def address(self) -> bytes:
         return address_of(self._key)
 
-    def sign(self, transaction: Transaction, now_s: float) -> SignedTransaction:
-        """``Rejected`` if the policy does not allow it."""
+    def sign(self, transaction: Transaction, now_s: float) -> bytes:
+        """The raw transaction. ``Rejected`` if the policy does not allow it."""
         self._policy.check(transaction)
         with self._lock:
             self._fees.add(transaction, self._policy.max_daily_fee_wei, now_s)
             kept = {"day": self._fees.day, "worst": self._fees.worst_by_nonce}
             _write_private(self._fees_file, json.dumps(kept).encode())
-        return sign(transaction, self._key)
+        return transaction.sign(self._key)
 
 
 def read_key(path: Path) -> bytes:
@@ -88,23 +88,24 @@ class SignerClient:
     def address(self) -> bytes:
         return bytes.fromhex(self._ask({"op": "address"})["address"])
 
-    def sign(self, transaction: Transaction) -> SignedTransaction:
-        """``Rejected`` with the policy's code; ``Corrupted`` if what comes back is not what was asked for."""
+    def sign(self, transaction: Transaction) -> bytes:
+        """The raw transaction. ``Rejected`` with the policy's code; ``Corrupted`` if another one comes
+        back."""
         asked = {
             "op": "sign",
             "chain_id": transaction.chain_id,
             "nonce": transaction.nonce,
-            "max_priority_fee_wei": transaction.max_priority_fee_wei,
-            "max_fee_wei": transaction.max_fee_wei,
             "gas": transaction.gas,
-            "to": transaction.to.hex(),
-            "data": transaction.data.hex(),
+            "tip_wei": transaction.fees.tip_wei,
+            "cap_wei": transaction.fees.cap_wei,
+            "to": transaction.call.to.hex(),
+            "data": transaction.call.data.hex(),
             "value_wei": transaction.value_wei,
         }
-        signed = parse(bytes.fromhex(self._ask(asked)["raw"]))
-        if signed.transaction != transaction:
-            raise Corrupted("signer_answer", f"signer signed another transaction, {signed.tx_hash.hex()}")
-        return signed
+        raw = bytes.fromhex(self._ask(asked)["raw"])
+        if parse(raw) != transaction:
+            raise Corrupted("signer_answer", f"signer signed another transaction, {tx_hash(raw).hex()}")
+        return raw
 
     def _ask(self, question: Mapping[str, object]) -> dict[str, str]:
         try:
@@ -141,7 +142,7 @@ def answer(signer: Signer, line: bytes, now_s: float) -> dict[str, str]:
             return {"address": signer.address.hex()}
         if question["op"] != "sign":
             raise Rejected("signer_op", f"unknown operation {question['op']!r}", field="op")
-        return {"raw": signer.sign(_transaction(question), now_s).raw.hex()}
+        return {"raw": signer.sign(_transaction(question), now_s).hex()}
     except Refusal as error:
         return {"code": error.code, "message": error.message, "field": error.field}
     except (ValueError, KeyError, TypeError) as error:
@@ -158,11 +159,9 @@ def _transaction(question: Mapping[str, object]) -> Transaction:
     return Transaction(
         chain_id=number("chain_id"),
         nonce=number("nonce"),
-        max_priority_fee_wei=number("max_priority_fee_wei"),
-        max_fee_wei=number("max_fee_wei"),
         gas=number("gas"),
-        to=bytes.fromhex(str(question["to"])),
-        data=bytes.fromhex(str(question["data"])),
+        fees=Fees(number("tip_wei"), number("cap_wei")),
+        call=Call(bytes.fromhex(str(question["to"])), bytes.fromhex(str(question["data"]))),
         value_wei=number("value_wei"),
     )
 

@@ -43,13 +43,15 @@ class SignerPolicy(BaseModel):
             raise _refusal("signer_value", "value_wei", transaction.value_wei, 0)
         if transaction.gas > self.max_gas:
             raise _refusal("signer_gas", "gas", transaction.gas, self.max_gas)
-        if max(transaction.max_fee_wei, transaction.max_priority_fee_wei) > self.max_fee_wei:
-            raise _refusal("signer_fee", "max_fee_wei", transaction.max_fee_wei, self.max_fee_wei)
-        selectors = self._selectors().get(transaction.to)
+        if max(transaction.fees.cap_wei, transaction.fees.tip_wei) > self.max_fee_wei:
+            raise _refusal("signer_fee", "max_fee_wei", transaction.fees.cap_wei, self.max_fee_wei)
+        selectors = self._selectors().get(transaction.call.to)
         if selectors is None:
-            raise _refusal("signer_contract", "to", transaction.to.hex(), "our contracts")
-        if transaction.data[:4] not in selectors:
-            raise _refusal("signer_selector", "data", transaction.data[:4].hex(), "the allowed functions")
+            raise _refusal("signer_contract", "to", transaction.call.to.hex(), "our contracts")
+        if transaction.call.data[:4] not in selectors:
+            raise _refusal(
+                "signer_selector", "data", transaction.call.data[:4].hex(), "the allowed functions"
+            )
 
     def _selectors(self) -> Mapping[bytes, frozenset[bytes]]:
         return {

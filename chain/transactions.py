@@ -1,7 +1,6 @@
-"""EIP-1559 transactions as values: encode, sign, and read back from the bytes that were journalled.
+"""Transactions as values: what to call, under which nonce and fees, the signed bytes, and the way back.
 
-Only what this system sends: type 2, a call (never a creation), no access list. Encoding:
-https://eips.ethereum.org/EIPS/eip-1559."""
+Type 2 without an access list is all that this system sends. Encoding: https://eips.ethereum.org/EIPS/eip-1559."""
 
 from dataclasses import dataclass
 
@@ -15,76 +14,80 @@ TYPE_BYTE = b"\x02"
 
 
 @dataclass(frozen=True, slots=True)
-class Transaction:
-    """What is signed. Fees are wei per gas; ``value_wei`` is there so that a signer can refuse it."""
+class Call:
+    """``to`` is 20 bytes, or empty to create a contract."""
 
-    chain_id: int
-    nonce: int
-    max_priority_fee_wei: int
-    max_fee_wei: int
-    gas: int
     to: bytes
     data: bytes
-    value_wei: int = 0
-
-    def __post_init__(self) -> None:
-        numbers = (
-            self.chain_id,
-            self.nonce,
-            self.max_priority_fee_wei,
-            self.max_fee_wei,
-            self.gas,
-            self.value_wei,
-        )
-        if min(numbers) < 0 or max(numbers) >= 2**256 or len(self.to) != 20:
-            raise Rejected("bad_transaction", f"numbers {numbers}, {len(self.to)} bytes of address")
-
-    @property
-    def worst_fee_wei(self) -> int:
-        return self.gas * self.max_fee_wei
-
-    @property
-    def digest(self) -> bytes:
-        return keccak256(TYPE_BYTE + rlp.encode(self._fields()))
-
-    def _fields(self) -> list[object]:
-        head = [self.chain_id, self.nonce, self.max_priority_fee_wei, self.max_fee_wei, self.gas]
-        return [*head, self.to, self.value_wei, self.data, []]
 
 
 @dataclass(frozen=True, slots=True)
-class SignedTransaction:
-    """``raw`` is what a node takes; its keccak is the hash everybody names it by."""
+class Fees:
+    """EIP-1559: at most ``cap_wei`` per gas in all, of which at most ``tip_wei`` for the sequencer."""
 
-    transaction: Transaction
-    raw: bytes
+    tip_wei: int
+    cap_wei: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """What is signed; ``value_wei`` is there so that a signer can refuse it."""
+
+    chain_id: int
+    nonce: int
+    gas: int
+    fees: Fees
+    call: Call
+    value_wei: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = (self.chain_id, self.nonce, self.gas, self.fees.tip_wei, self.fees.cap_wei, self.value_wei)
+        if min(numbers) < 0 or max(numbers) >= 2**256 or len(self.call.to) not in (0, 20):
+            raise Rejected("bad_transaction", f"numbers {numbers}, address of {len(self.call.to)} bytes")
 
     @property
-    def tx_hash(self) -> bytes:
-        return keccak256(self.raw)
+    def worst_fee_wei(self) -> int:
+        return self.gas * self.fees.cap_wei
+
+    def sign(self, private_key: bytes) -> bytes:
+        """The bytes for ``eth_sendRawTransaction``; equal transactions sign to equal bytes (RFC 6979)."""
+        numbers = [self.chain_id, self.nonce, self.fees.tip_wei, self.fees.cap_wei, self.gas]
+        fields: list[object] = [*numbers, self.call.to, self.value_wei, self.call.data, []]
+        digest = keccak256(TYPE_BYTE + bytes(rlp.encode(fields)))
+        signature = coincurve.PrivateKey(private_key).sign_recoverable(digest, hasher=None)
+        r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:64], "big")
+        return TYPE_BYTE + bytes(rlp.encode([*fields, signature[64], r, s]))
 
 
-def sign(transaction: Transaction, private_key: bytes) -> SignedTransaction:
-    """Deterministic (RFC 6979): the same transaction gives the same bytes."""
-    signature = coincurve.PrivateKey(private_key).sign_recoverable(transaction.digest, hasher=None)
-    r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:64], "big")
-    fields = [*transaction._fields(), signature[64], r, s]
-    return SignedTransaction(transaction, TYPE_BYTE + bytes(rlp.encode(fields)))
+@dataclass(frozen=True, slots=True)
+class MinedTransaction:
+    """``l1_fee_wei`` is what the receipt says, 0 where the node says nothing (anvil)."""
+
+    tx_hash: bytes
+    block: int
+    block_hash: bytes
+    succeeded: bool
+    gas_used: int
+    gas_price_wei: int
+    l1_fee_wei: int
 
 
-def parse(raw: bytes) -> SignedTransaction:
-    """Inverse of ``sign``, without looking at who signed. ``Corrupted`` if these are not such bytes."""
+def tx_hash(raw: bytes) -> bytes:
+    return keccak256(raw)
+
+
+def parse(raw: bytes) -> Transaction:
+    """What the signed bytes say, whoever signed them. ``Corrupted`` if no ``sign`` made them."""
     try:
         fields = rlp.decode(raw[1:])
-        numbers = [int.from_bytes(fields[i], "big") for i in (0, 1, 2, 3, 4, 6)]
-        chain_id, nonce, tip, cap, gas, value = numbers
-        parsed = Transaction(chain_id, nonce, tip, cap, gas, fields[5], fields[7], value)
+        chain_id, nonce, tip, cap, gas, value = (int.from_bytes(fields[i], "big") for i in (0, 1, 2, 3, 4, 6))
+        parsed = Transaction(chain_id, nonce, gas, Fees(tip, cap), Call(fields[5], fields[7]), value)
         is_ours = raw[:1] == TYPE_BYTE and len(fields) == 12 and list(fields[8]) == []
     except (rlp.exceptions.RLPException, IndexError, TypeError, Rejected) as error:
         raise Corrupted("raw_transaction", f"{len(raw)} bytes are no signed transaction: {error}") from error
     if not is_ours:
-        raise Corrupted("raw_transaction", f"{len(raw)} bytes are no type-2 call", field="raw")
-    return SignedTransaction(parsed, raw)
+        raise Corrupted("raw_transaction", f"{len(raw)} bytes are of another type", field="raw")
+    return parsed
 
 
 def address_of(private_key: bytes) -> bytes:

@@ -47,7 +47,7 @@ def standin(tmp_path: Path) -> Iterator[Standin]:
         yield running
 
 
-@pytest.mark.parametrize("mode", ["standard", "op-generic"])
+@pytest.mark.parametrize("mode", ["standard", "optimism_generic"])
 def test_what_goes_in_comes_out(standin: Standin, mode: DaMode) -> None:
     """In both modes, for any bytes; the same payload twice gives two commitments, both good."""
     client = DaClient(standin.url, mode)
@@ -60,7 +60,7 @@ def test_what_goes_in_comes_out(standin: Standin, mode: DaMode) -> None:
 def test_commitments_are_shaped_like_the_real_ones(standin: Standin) -> None:
     """``03 || RLP`` and ``01 00 03 || RLP``, a V4 certificate of five fields, the blob's length inside."""
     standard = DaClient(standin.url, "standard").put(b"x" * 100)
-    generic = DaClient(standin.url, "op-generic").put(b"x" * 100)
+    generic = DaClient(standin.url, "optimism_generic").put(b"x" * 100)
     assert standard[:1] == b"\x03" and generic[:3] == b"\x01\x00\x03"
     for encoded in (standard[1:], generic[3:]):
         fields = rlp.decode(encoded)
@@ -154,7 +154,7 @@ def test_a_bad_certificate_is_corrupted_at_once(standin: Standin) -> None:
 
 def test_a_disabled_mode_is_rejected_at_once(standin: Standin) -> None:
     standin.set(ApisEnabled=["standard"])
-    client = DaClient(standin.url, "op-generic", patience_s=60)
+    client = DaClient(standin.url, "optimism_generic", patience_s=60)
     with pytest.raises(Rejected) as refused:
         client.put(b"x")
     assert (refused.value.code, refused.value.http_status) == ("da_mode_disabled", 403)

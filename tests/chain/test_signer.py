@@ -21,14 +21,14 @@ from attribution.errors import Corrupted, Rejected, Unavailable
 from attribution.hashing import keccak256
 from chain.signer import Signer, SignerClient, make_server, read_key
 from chain.signer_policy import DAY_S, SignerPolicy
-from chain.transactions import Transaction, address_of, parse, sign
+from chain.transactions import Call, Fees, Transaction, address_of, parse, tx_hash
 
 LEDGER = bytes.fromhex("aa" * 20)
 POKE = keccak256(b"poke(uint256)")[:4]
 POLICY = SignerPolicy(
     chain_id=31337, contracts={"0x" + LEDGER.hex(): ("poke(uint256)",)}, max_gas=1_000_000, max_fee_wei=10**9
 )
-GOOD = Transaction(31337, 7, 10**6, 10**9, 100_000, LEDGER, POKE + bytes(32))
+GOOD = Transaction(31337, 7, 100_000, Fees(10**6, 10**9), Call(LEDGER, POKE + bytes(32)))
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def signer(tmp_path: Path) -> Iterator[Running]:
 
 
 def test_the_signature_is_the_signers_and_the_bytes_parse_back(signer: Running) -> None:
-    signed = signer.client.sign(GOOD)
-    recovered = Account.recover_transaction(signed.raw)
+    raw = signer.client.sign(GOOD)
+    recovered = Account.recover_transaction(raw)
     assert bytes.fromhex(recovered[2:]) == signer.client.address()
-    assert parse(signed.raw).transaction == GOOD
-    assert signer.client.sign(GOOD).raw == signed.raw
+    assert parse(raw) == GOOD
+    assert signer.client.sign(GOOD) == raw
 
 
 def test_key_and_socket_are_private_and_the_key_is_said_nowhere(signer: Running) -> None:
@@ -94,13 +94,14 @@ def test_key_and_socket_are_private_and_the_key_is_said_nowhere(signer: Running)
     ("code", "change"),
     [
         ("signer_chain_id", {"chain_id": 10}),
-        ("signer_contract", {"to": bytes(20)}),
-        ("signer_selector", {"data": keccak256(b"transfer(address,uint256)")[:4] + bytes(64)}),
-        ("signer_selector", {"data": b""}),
+        ("signer_contract", {"call": Call(bytes(20), POKE)}),
+        ("signer_selector", {"call": Call(LEDGER, keccak256(b"transfer(address,uint256)")[:4] + bytes(64))}),
+        ("signer_selector", {"call": Call(LEDGER, b"")}),
+        ("signer_contract", {"call": Call(b"", POKE)}),
         ("signer_value", {"value_wei": 1}),
         ("signer_gas", {"gas": 1_000_001}),
-        ("signer_fee", {"max_fee_wei": 10**9 + 1}),
-        ("signer_fee", {"max_priority_fee_wei": 10**9 + 1}),
+        ("signer_fee", {"fees": Fees(10**6, 10**9 + 1)}),
+        ("signer_fee", {"fees": Fees(10**9 + 1, 10**9)}),
     ],
 )
 def test_what_the_policy_does_not_allow_is_refused(
@@ -116,7 +117,7 @@ def test_the_daily_cap_survives_a_restart_and_ends_with_the_day(tmp_path: Path) 
     policy = POLICY.model_copy(update={"max_daily_fee_wei": 2 * GOOD.worst_fee_wei})
     now = time.time()
     signer = Signer(tmp_path / "key", policy)
-    signer.sign(replace(GOOD, max_fee_wei=10**9 // 2), now)
+    signer.sign(replace(GOOD, fees=Fees(10**6, 10**9 // 2)), now)
     signer.sign(GOOD, now)
     again = Signer(tmp_path / "key", policy)
     again.sign(replace(GOOD, nonce=8), now)
@@ -203,9 +204,9 @@ def test_a_policy_that_does_not_parse_stops_the_signer_in_one_line(tmp_path: Pat
 @given(
     st.builds(
         Transaction,
-        *[st.integers(0, 2**64)] * 5,
-        to=st.binary(min_size=20, max_size=20),
-        data=st.binary(max_size=200),
+        *[st.integers(0, 2**64)] * 3,
+        fees=st.builds(Fees, st.integers(0, 2**64), st.integers(0, 2**64)),
+        call=st.builds(Call, st.binary(min_size=20, max_size=20) | st.just(b""), st.binary(max_size=200)),
     )
 )
 def test_signed_bytes_are_those_of_eth_account(transaction: Transaction) -> None:
@@ -215,23 +216,23 @@ def test_signed_bytes_are_those_of_eth_account(transaction: Transaction) -> None
             "type": 2,
             "chainId": transaction.chain_id,
             "nonce": transaction.nonce,
-            "maxPriorityFeePerGas": transaction.max_priority_fee_wei,
-            "maxFeePerGas": transaction.max_fee_wei,
+            "maxPriorityFeePerGas": transaction.fees.tip_wei,
+            "maxFeePerGas": transaction.fees.cap_wei,
             "gas": transaction.gas,
-            "to": transaction.to,
+            "to": transaction.call.to,
             "value": 0,
-            "data": transaction.data,
+            "data": transaction.call.data,
         },
         key,
     )
-    signed = sign(transaction, key)
-    assert signed.raw == bytes(theirs.raw_transaction) and signed.tx_hash == bytes(theirs.hash)
-    assert parse(signed.raw) == signed
+    raw = transaction.sign(key)
+    assert raw == bytes(theirs.raw_transaction) and tx_hash(raw) == bytes(theirs.hash)
+    assert parse(raw) == transaction
     assert "0x" + address_of(key).hex() == Account.from_key(key).address.lower()
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"\x02", b"\x02\xc0", b"\x01" + sign(GOOD, b"\x11" * 32).raw[1:], os.urandom(50)]
+    "raw", [b"", b"\x02", b"\x02\xc0", b"\x01" + GOOD.sign(b"\x11" * 32)[1:], os.urandom(50)]
 )
 def test_other_bytes_are_no_transaction(raw: bytes) -> None:
     with pytest.raises(Corrupted):
