@@ -140,7 +140,7 @@ class Rollup:
 
         Raises:
             Rejected: ``nonce_too_low`` (look for a receipt: one version was mined),
-                ``replacement_underpriced``, ``fee_too_low``, or ``transaction_refused`` with the node's words.
+                ``replacement_underpriced``, ``fee_too_low``, else ``transaction_refused``.
             Unavailable: ``insufficient_funds`` (somebody must send gas money), or no answer.
         """
         try:
