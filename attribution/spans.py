@@ -9,7 +9,7 @@ Source: longest matches by suffix array, infini-gram arXiv:2401.17377 and OLMoTr
 search here takes all start positions in lock-step instead of one thread each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,15 +93,16 @@ def save_segment(segment: Segment, folder: Path) -> None:
         np.save(folder / f"{name}.npy", getattr(segment, name), allow_pickle=False)
 
 
-def open_segment(folder: Path) -> Segment:
-    """Memory-map a saved segment; ``Corrupted`` if its arrays do not belong together."""
+def open_segment(locate: Callable[[str], Path]) -> Segment:
+    """Memory-map the arrays that ``locate`` finds by file name; ``Corrupted`` if they do not belong
+    together."""
     tokens, suffixes, starts, owners = (
-        np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS
+        np.load(locate(f"{name}.npy"), mmap_mode="r", allow_pickle=False) for name in ARRAYS
     )
     if len(tokens) != len(suffixes) + len(starts) + WINDOW or len(starts) != len(owners):
         raise Corrupted(
             "segment_shape",
-            f"{folder.name}: {len(tokens)} stored tokens for {len(suffixes)} suffixes, "
+            f"{len(tokens)} stored tokens for {len(suffixes)} suffixes, "
             f"{len(starts)} passages and {len(owners)} owners",
         )
     return Segment(tokens, suffixes, starts, owners)

@@ -106,7 +106,7 @@ def test_what_the_prompt_says_is_no_evidence() -> None:
 def test_saved_segment_is_mapped_back(tmp_path: Path) -> None:
     segment = build_segment([(0, [1, 2, 3]), (3, [4, 5])], vocab_size=10)
     save_segment(segment, tmp_path)
-    mapped = open_segment(tmp_path)
+    mapped = open_segment(tmp_path.joinpath)
     assert isinstance(mapped.tokens, np.memmap)
     assert find_spans(mapped, [4, 5], min_tokens=2, min_bits=0.0)[0].records == (3,)
 
@@ -116,7 +116,7 @@ def test_arrays_of_two_segments_are_refused(tmp_path: Path) -> None:
     longer = build_segment([(0, [1, 2, 3, 4])], vocab_size=10)
     np.save(tmp_path / "suffixes.npy", longer.suffixes)
     with pytest.raises(Corrupted, match="4 suffixes"):
-        open_segment(tmp_path)
+        open_segment(tmp_path.joinpath)
 
 
 def test_an_empty_segment_matches_nothing() -> None:
