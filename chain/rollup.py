@@ -9,7 +9,6 @@ substring."""
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, get_args
 
@@ -27,6 +26,7 @@ from chain.artifact import load_artifact
 from chain.deployment import Deployment
 from chain.events import Event, Position
 from chain.structs import BatchHeader, ClaimCall, PayerState, PeriodHeader, PeriodState, SpendCeiling
+from chain.transactions import Call, Fees, MinedTransaction
 
 T = TypeVar("T")
 Tag = Literal["latest", "safe", "finalized"] | int
@@ -49,35 +49,6 @@ REFUSALS = {
     "less than block base fee": "fee_too_low",
     "transaction underpriced": "fee_too_low",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Calldata for one of our contracts; ``to`` is 20 bytes."""
-
-    to: bytes
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Fees:
-    """EIP-1559: never more than ``cap_wei`` per gas in all, ``tip_wei`` of it for the sequencer."""
-
-    tip_wei: int
-    cap_wei: int
-
-
-@dataclass(frozen=True, slots=True)
-class MinedTransaction:
-    """``l1_fee_wei`` is what the receipt says, 0 where the node says nothing (anvil)."""
-
-    tx_hash: bytes
-    block: int
-    block_hash: bytes
-    succeeded: bool
-    gas_used: int
-    gas_price_wei: int
-    l1_fee_wei: int
 
 
 class Rollup:
