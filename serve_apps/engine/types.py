@@ -1,0 +1,116 @@
+"""What goes into the engine and what comes out: frozen values that cross threads, processes and machines.
+
+The engine sees token ids, never keys or money; the gateway sees text and counts, never tensors."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from attribution.errors import Refusal, Rejected
+from attribution.types import ZERO_ID
+
+FinishReason = Literal["stop", "length", "cancelled", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 cut nothing off.
+
+    The same ``seed`` draws the same tokens whatever else runs, restarts or is preempted: draw ``i`` is a hash
+    of (seed, i), not the state of a generator."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False  # for benchmarks: every answer is max_tokens long
+
+    def __post_init__(self) -> None:
+        _within("max_tokens", self.max_tokens, 1, 2**31)
+        _within("temperature", self.temperature, 0.0, 2.0)
+        _within("top_p", self.top_p, 1e-6, 1.0)
+        _within("top_k", self.top_k, 0, 2**31)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if len(self.stop) > 4 or any(not text or len(text) > 256 for text in self.stop):
+            raise Rejected(
+                "stop_invalid", "stop takes at most 4 strings of 1 to 256 characters", field="stop"
+            )
+
+
+def _within(field: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise Rejected(
+            f"{field}_out_of_range", f"{field} is {value}, allowed are {low} to {high}", field=field
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One generation. ``owner`` (a gateway) may cancel it and its death does; ``tenant`` (an account) is whom
+    fairness and the sharing of cached prefixes are reckoned by."""
+
+    request_id: bytes
+    owner: str
+    tenant: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    adapter_id: bytes = ZERO_ID  # zero is the base model
+
+    @property
+    def max_length(self) -> int:
+        return len(self.prompt_ids) + self.sampling.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Why a request is over. ``refusal`` is set exactly when it failed."""
+
+    reason: FinishReason
+    refusal: Refusal | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.refusal is not None) == (self.reason == "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New tokens of one request. ``text`` trails the tokens where half a character or a possible stop string
+    is still open; after ``finish`` there is nothing more of this request."""
+
+    request_id: bytes
+    token_ids: tuple[int, ...]
+    text: str
+    finish: Finish | None = None
+
+    def then(self, later: "TokenEvent") -> "TokenEvent":
+        """Both as one: how a reader that lags catches up without anybody's queue growing."""
+        assert self.finish is None and later.request_id == self.request_id
+        return TokenEvent(
+            self.request_id, self.token_ids + later.token_ids, self.text + later.text, later.finish
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy an engine is, for routing and metrics."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    resident_adapters: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What one engine step brought."""
+
+    step: int
+    events: tuple[TokenEvent, ...]
+    load: EngineLoad

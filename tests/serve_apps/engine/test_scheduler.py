@@ -1,0 +1,167 @@
+"""Scheduling is arithmetic on integers: every theorem here runs without a tensor."""
+
+import random
+import sys
+
+import pytest
+
+from attribution.errors import Rejected, Unavailable
+from attribution.types import ZERO_ID
+from serve_apps.engine.kv_cache import NULL_BLOCK, BlockPool, slots
+from serve_apps.engine.scheduler import Limits, Scheduler, StepPlan
+from serve_apps.engine.types import EngineRequest, SamplingParams
+
+ADAPTER = b"\x01" * 32
+
+
+def request(number: int, num_prompt: int, max_tokens: int = 4, adapter_id: bytes = ZERO_ID) -> EngineRequest:
+    prompt = tuple(range(num_prompt))
+    return EngineRequest(
+        number.to_bytes(32, "big"), "owner", "tenant", prompt, SamplingParams(max_tokens), adapter_id
+    )
+
+
+def scheduler(num_blocks: int = 33, block_size: int = 4, **limits: int) -> Scheduler:
+    values = {"max_batch_tokens": 16, "max_running": 8, "max_waiting": 100, "max_length": 100, **limits}
+    return Scheduler(Limits(**values), BlockPool(num_blocks, block_size))
+
+
+def step(s: Scheduler, is_ready=lambda _: True) -> StepPlan:  # type: ignore[no-untyped-def]
+    """One step in which every sampling row gets token 7, and a row at its last token leaves."""
+    plan = s.schedule(is_ready)
+    for row in plan.rows:
+        if row.samples:
+            sequence = s.sequence(row.request_id)
+            sequence.tokens.append(7)
+            if sequence.num_generated == sequence.request.sampling.max_tokens:
+                s.remove(row.request_id)
+    return plan
+
+
+def test_the_scheduling_modules_need_no_torch() -> None:
+    import subprocess
+
+    code = (
+        "import sys; sys.modules['torch'] = None;"
+        "import serve_apps.engine.scheduler, serve_apps.engine.kv_cache, serve_apps.engine.types,"
+        "serve_apps.engine.adapter_cache, serve_apps.engine.text"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_long_prompt_is_computed_in_chunks_under_the_budget() -> None:
+    s = scheduler()
+    s.add(request(1, num_prompt=40))
+    plans = [step(s) for _ in range(4)]
+    assert [plan.num_tokens for plan in plans] == [16, 16, 8, 1]
+    assert [row.samples for plan in plans for row in plan.rows] == [False, False, True, True]
+    assert plans[1].rows[0].token_ids == tuple(range(16, 32))
+
+
+def test_decoding_goes_before_any_prompt() -> None:
+    s = scheduler()
+    s.add(request(1, num_prompt=2, max_tokens=10))
+    step(s)
+    s.add(request(2, num_prompt=60))
+    plan = step(s)
+    assert [len(row.token_ids) for row in plan.rows] == [1, 15]
+
+
+def test_rows_of_one_token_come_first_and_adapters_lie_together() -> None:
+    s = scheduler(max_batch_tokens=64)
+    for number, adapter in enumerate((ZERO_ID, ADAPTER, ZERO_ID, ADAPTER)):
+        s.add(request(number, num_prompt=3, adapter_id=adapter))
+    assert [row.adapter_id for row in step(s).rows] == [ZERO_ID, ZERO_ID, ADAPTER, ADAPTER]
+
+
+def test_whoever_waits_for_an_adapter_lets_others_pass() -> None:
+    s = scheduler()
+    s.add(request(1, 3, adapter_id=ADAPTER))
+    s.add(request(2, 3))
+    plan = step(s, lambda adapter_id: adapter_id == ZERO_ID)
+    assert [row.request_id for row in plan.rows] == [(2).to_bytes(32, "big")]
+    assert s.num_waiting == 1
+
+
+def test_nobody_passes_a_prompt_that_waits_for_room() -> None:
+    s = scheduler(num_blocks=9, max_batch_tokens=64, max_length=32)
+    s.add(request(1, num_prompt=20))
+    s.add(request(2, num_prompt=20))
+    s.add(request(3, num_prompt=2))
+    assert [row.request_id for row in step(s).rows] == [(1).to_bytes(32, "big")]
+
+
+def test_removal_frees_blocks_at_once() -> None:
+    s = scheduler()
+    free = s.pool.num_free
+    s.add(request(1, 10))
+    step(s)
+    assert s.pool.num_free < free
+    s.remove((1).to_bytes(32, "big"))
+    assert s.pool.num_free == free and s.num_running == 0
+
+
+def test_a_full_cache_preempts_the_latest_comer_and_everybody_still_ends() -> None:
+    s = scheduler(num_blocks=9, max_length=32)
+    for number in range(3):
+        s.add(request(number, num_prompt=8, max_tokens=20))
+    preempted = False
+    for _ in range(200):
+        running = s.num_running
+        plan = step(s)
+        preempted |= s.num_running < running and bool(plan.rows)
+        if not (s.num_running or s.num_waiting):
+            break
+    assert preempted and s.num_running == s.num_waiting == 0
+    assert s.pool.num_free == 8
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_mix_ends_within_budget_and_no_block_has_two_owners(seed: int) -> None:
+    rng = random.Random(seed)
+    s = scheduler(num_blocks=12, block_size=3, max_length=33)
+    for number in range(30):
+        s.add(request(number, rng.randint(1, 20), rng.randint(1, 12)))
+    for _ in range(2000):
+        plan = s.schedule(lambda _: True)
+        owned = [block for row in plan.rows for block in row.blocks]
+        assert len(owned) == len(set(owned)) and NULL_BLOCK not in owned
+        assert plan.num_tokens <= s.limits.max_batch_tokens
+        for row in plan.rows:
+            assert len(row.blocks) * 3 >= row.end
+            if row.samples:
+                sequence = s.sequence(row.request_id)
+                sequence.tokens.append(0)
+                if sequence.num_generated == sequence.request.sampling.max_tokens or rng.random() < 0.05:
+                    s.remove(row.request_id)
+        if not (s.num_running or s.num_waiting):
+            break
+    assert s.num_running == s.num_waiting == 0 and s.pool.num_free == 11
+
+
+def test_every_block_is_announced_as_new_exactly_once_per_owner() -> None:
+    s = scheduler()
+    s.add(request(1, num_prompt=20, max_tokens=10))
+    announced = [block for _ in range(11) for row in step(s).rows for block in row.new_blocks]
+    assert len(announced) == len(set(announced)) == -(-29 // 4)
+
+
+def test_what_could_never_run_is_refused_at_the_door() -> None:
+    s = scheduler(max_waiting=1)
+    with pytest.raises(Rejected) as too_long:
+        s.check(request(1, num_prompt=90, max_tokens=11))
+    assert too_long.value.code == "context_length_exceeded"
+    assert "101" in too_long.value.message and "100" in too_long.value.message
+    with pytest.raises(Rejected) as empty:
+        s.check(request(1, num_prompt=0))
+    assert empty.value.code == "prompt_empty"
+    with pytest.raises(Rejected):
+        scheduler(num_blocks=3).check(request(1, num_prompt=8, max_tokens=1))
+    s.add(request(2, 1))
+    with pytest.raises(Unavailable) as full:
+        s.check(request(3, 1))
+    assert full.value.code == "engine_full"
+
+
+def test_slots_follow_the_block_table() -> None:
+    assert slots([5, 2], 3, 6, 4) == [23, 8, 9]
