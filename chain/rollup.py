@@ -26,7 +26,7 @@ from chain.artifact import load_artifact
 from chain.deployment import Deployment
 from chain.events import Event, Position
 from chain.structs import BatchHeader, ClaimCall, PayerState, PeriodHeader, PeriodState, SpendCeiling
-from chain.transactions import Call, Fees, MinedTransaction
+from chain.transactions import Call, Fees, MinedTransaction, tx_hash
 
 T = TypeVar("T")
 Tag = Literal["latest", "safe", "finalized"] | int
@@ -39,6 +39,9 @@ ARTIFACTS = {
     "distributor": "Distributor",
     "pool": "TimelockController",
 }
+SPEAKERS = ("registry", "escrow", "ledger", "distributor")
+ROLE_GRANTED = keccak256(b"RoleGranted(bytes32,address,address)")
+ROLE_REVOKED = keccak256(b"RoleRevoked(bytes32,address,address)")
 MIN_TIP_WEI = 10**6  # op-node's and op-batcher's default
 LOG_RANGE_BLOCKS = 5_000  # nodes refuse wider ranges
 TIMEOUT_S = 30
@@ -103,8 +106,10 @@ class Rollup:
 
     def estimate_gas(self, sender: bytes, call: Call) -> int:
         """``Rejected("reverted")`` if the call would fail now."""
-        call_fields: Any = {"from": _text(sender), "to": _text(call.to), "data": "0x" + call.data.hex()}
-        return _ask(lambda: int(self._w3.eth.estimate_gas(call_fields)))
+        fields: Any = {"from": _text(sender), "data": "0x" + call.data.hex()}
+        if call.to:
+            fields["to"] = _text(call.to)
+        return _ask(lambda: int(self._w3.eth.estimate_gas(fields)))
 
     def send_raw(self, raw: bytes) -> bytes:
         """Hand signed bytes to the node; bytes it has already are fine. Returns the transaction's hash.
@@ -120,21 +125,21 @@ class Rollup:
         except Rejected as error:
             said = error.message.lower()
             if any(words in said for words in ALREADY_KNOWN):
-                return keccak256(raw)
+                return tx_hash(raw)
             if "insufficient funds" in said:
                 raise Unavailable("insufficient_funds", error.message, retry_after_s=60.0) from error
             code = next((code for words, code in REFUSALS.items() if words in said), "transaction_refused")
             raise Rejected(code, error.message, field="raw") from error
 
-    def receipt(self, tx_hash: bytes) -> MinedTransaction | None:
+    def receipt(self, transaction_hash: bytes) -> MinedTransaction | None:
         """None while it is not mined."""
         try:
             with _translated(TransactionNotFound):
-                found: Any = self._w3.eth.get_transaction_receipt(tx_hash)  # type: ignore[arg-type]
+                found: Any = self._w3.eth.get_transaction_receipt(transaction_hash)  # type: ignore[arg-type]
         except TransactionNotFound:
             return None
         return MinedTransaction(
-            tx_hash,
+            transaction_hash,
             int(found["blockNumber"]),
             bytes(found["blockHash"]),
             found["status"] == 1,
@@ -269,22 +274,44 @@ class Rollup:
     def permit_nonce(self, holder: bytes, tag: Tag = "latest") -> int:
         return int(self._read("token", "nonces", _text(holder), tag=tag))
 
+    def constant(self, contract: str, getter: str) -> bytes | int:
+        """What a getter without arguments says, an address as 20 bytes: for checking a deployment."""
+        value = _plain(self._read(contract, getter))
+        assert isinstance(value, bytes | int)
+        return value
+
+    def role_holders(self, contract: str) -> dict[bytes, frozenset[bytes]]:
+        """Role → who holds it now, from all grants and revocations since the deployment."""
+        held: dict[bytes, set[bytes]] = {}
+        for log in self._logs([contract], self.addresses.block, self.block_number()):
+            if bytes(log["topics"][0]) in (ROLE_GRANTED, ROLE_REVOKED):
+                holders = held.setdefault(bytes(log["topics"][1]), set())
+                holder = bytes(log["topics"][2])[12:]
+                (holders.add if bytes(log["topics"][0]) == ROLE_GRANTED else holders.discard)(holder)
+        return {role: frozenset(holders) for role, holders in held.items() if holders}
+
     # what the contracts said
 
     def events(self, first_block: int | None = None, tag: Tag = "latest") -> Iterator[Event]:
         """Everything our contracts said from ``first_block`` (default: the first) to ``tag``, in order."""
         last = tag if isinstance(tag, int) else self.block_number(tag)
         start = self.addresses.block if first_block is None else first_block
-        for low in range(start, last + 1, LOG_RANGE_BLOCKS):
-            yield from self._events(low, min(low + LOG_RANGE_BLOCKS - 1, last))
+        by_address = {self._contracts[name].address: self._contracts[name] for name in SPEAKERS}
+        for log in self._logs(SPEAKERS, start, last):
+            event = _event(by_address[log["address"]], log)
+            if event is not None:
+                yield event
 
-    def _events(self, low: int, high: int) -> list[Event]:
-        wanted = [self._contracts[name] for name in ("registry", "escrow", "ledger", "distributor")]
-        query: Any = {"fromBlock": low, "toBlock": high, "address": [contract.address for contract in wanted]}
-        logs = _ask(lambda: self._w3.eth.get_logs(query))
-        by_address = {contract.address: contract for contract in wanted}
-        found = [_event(by_address[log["address"]], log) for log in logs]
-        return sorted((event for event in found if event is not None), key=lambda event: event.at)
+    def _logs(self, names: Sequence[str], first: int, last: int) -> Iterator[Any]:
+        """In chain order, a range of blocks at a time."""
+        wanted = [self._contracts[name].address for name in names]
+        for low in range(first, last + 1, LOG_RANGE_BLOCKS):
+            logs = self._log_range(wanted, low, min(low + LOG_RANGE_BLOCKS - 1, last))
+            yield from sorted(logs, key=lambda log: (int(log["blockNumber"]), int(log["logIndex"])))
+
+    def _log_range(self, addresses: Sequence[ChecksumAddress], low: int, high: int) -> list[Any]:
+        query: Any = {"fromBlock": low, "toBlock": high, "address": list(addresses)}
+        return _ask(lambda: list(self._w3.eth.get_logs(query)))
 
     def _call(self, name: str, function: str, *args: object) -> Call:
         data = self._contracts[name].encode_abi(function, args=args)
