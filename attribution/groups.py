@@ -18,12 +18,12 @@ from operator import attrgetter
 from attribution.types import Group, Record
 
 SHINGLE_WORDS = 5
-MIN_SHINGLES = 4  # below eight words, chance overlaps: such texts must be equal to match
-CONTAINMENT_PPM = 600_000  # tests/bench/copies.py prints what other values would find
+MIN_SHINGLES = 8  # twelve words: in shorter texts a common phrase is most of the text
+CONTAINMENT_PPM = 600_000  # tests/bench/data/copies.py shows what other values would find
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]|[^\W_]+")
 _TOKEN = re.compile(_WORD.pattern + r"|(?<![^\W_])-|[^\w\s-]")  # a hyphen inside a word only separates
-_PROSE = frozenset(".,;:!?…'\"‘’“”()`")
+_PROSE = re.compile(r"(?<!\S)[.,;:!?…'\"‘’“”()`]+|[.,;:!?…'\"‘’“”()`]+(?!\S)")  # at the edges of words
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def words(text: str) -> list[str]:
 
 def normalise(text: str) -> str:
     """For equality of questions and answers: as ``words``, but ``C++`` is not ``C``, nor ``==`` ``!=``."""
-    return " ".join(token for token in _TOKEN.findall(_folded(text)) if token not in _PROSE)
+    return " ".join(_TOKEN.findall(_PROSE.sub(" ", _folded(text))))
 
 
 def _folded(text: str) -> str:
