@@ -13,11 +13,14 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, exc, text
+from sqlalchemy import Connection, Engine, create_engine, event, exc, inspect, text
+from sqlalchemy.dialects.postgresql import insert as insert_postgres
+from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
 from attribution.errors import Corrupted, Unavailable
+from cluster.tables import Row
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 0x0130_6564  # PostgreSQL advisory lock: two processes that start together migrate once
@@ -79,6 +82,16 @@ def migrate(url: str) -> None:
             command.upgrade(migration_config(connection), "head")
     finally:
         engine.dispose()
+
+
+def insert_new(session: Session, table: type[Row], *rows: dict[str, Any]) -> int:
+    """Insert those rows none of whose unique keys exists yet; the others change nothing. Returns how many.
+
+    On PostgreSQL it waits for a racing transaction to end before it answers."""
+    insert = insert_sqlite if session.get_bind().dialect.name == "sqlite" else insert_postgres
+    keys = inspect(table).primary_key
+    statement = insert(table).values(rows).on_conflict_do_nothing().returning(*keys)
+    return len(session.execute(statement).all())
 
 
 def migration_config(connection: Connection) -> Config:

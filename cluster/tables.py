@@ -25,12 +25,13 @@ class ContributorRow(Row):
 
 
 class PayerRow(Row):
-    """One escrow account. ``spent + reserved <= min(deposited, ceiling)`` holds by conditional update,
-    always."""
+    """One escrow account. ``spent + reserved <= min(deposited - withdrawing, ceiling)`` holds by conditional
+    update whenever something is reserved."""
 
     __tablename__ = "payers"
     payer: Mapped[str] = mapped_column(Hex20, primary_key=True)
-    deposited_gwei: Mapped[int] = mapped_column(default=0)  # finalised on chain
+    deposited_gwei: Mapped[int] = mapped_column(default=0)  # finalised on chain, less what was withdrawn
+    withdrawing_gwei: Mapped[int] = mapped_column(default=0)  # asked back on chain: no longer spendable
     ceiling_gwei: Mapped[int] = mapped_column(default=0)  # cumulative maximum signed by the payer
     ceiling_expiry: Mapped[int] = mapped_column(default=0)
     ceiling_signature: Mapped[bytes] = mapped_column(default=b"")
@@ -326,7 +327,7 @@ class ClaimRow(Row):
 
 
 class DepositRow(Row):
-    """A deposit seen on chain, counted into its payer once it is final."""
+    """A deposit (or, negative, a withdrawal) seen on chain, counted into its payer once it is final."""
 
     __tablename__ = "deposits"
     tx_hash: Mapped[str] = mapped_column(Hex32, primary_key=True)

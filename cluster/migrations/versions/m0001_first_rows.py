@@ -102,6 +102,7 @@ def upgrade() -> None:
         "payers",
         sa.Column("payer", sa.String(length=40), nullable=False),
         sa.Column("deposited_gwei", sa.BigInteger(), nullable=False),
+        sa.Column("withdrawing_gwei", sa.BigInteger(), nullable=False),
         sa.Column("ceiling_gwei", sa.BigInteger(), nullable=False),
         sa.Column("ceiling_expiry", sa.BigInteger(), nullable=False),
         sa.Column("ceiling_signature", sa.LargeBinary(), nullable=False),

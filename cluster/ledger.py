@@ -1,0 +1,74 @@
+"""Double entry: every posting's entries sum to zero, hence so do all; nothing is ever changed or deleted.
+
+A positive balance is money that stands to an account's name. The accounts: ``escrow`` (minus what payers
+deposited), ``payer:<address>`` (free), ``payer:<address>:reserved``, ``fees`` (captured, not yet settled)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from attribution.errors import Corrupted
+from cluster.database import insert_new
+from cluster.tables import LedgerEntryRow
+
+ESCROW = "escrow"
+FEES = "fees"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Gwei to the name of one account; negative takes away."""
+
+    ledger_account: str
+    amount_gwei: int
+
+
+def payer_free(payer: bytes) -> str:
+    return f"payer:{payer.hex()}"
+
+
+def payer_reserved(payer: bytes) -> str:
+    return f"payer:{payer.hex()}:reserved"
+
+
+def post(session: Session, posting: str, entries: Sequence[Entry], ref: str, now: int) -> None:
+    """Write one posting; the same posting again changes nothing. Zero amounts are left out.
+
+    Raises:
+        Corrupted: ``posting`` exists with other entries.
+    """
+    assert sum(entry.amount_gwei for entry in entries) == 0, (posting, entries)
+    amounts = {entry.ledger_account: entry.amount_gwei for entry in entries if entry.amount_gwei}
+    assert len(amounts) == sum(1 for entry in entries if entry.amount_gwei), f"{posting}: an account twice"
+    rows = [
+        {"posting": posting, "ledger_account": account, "amount_gwei": amount, "ref": ref, "created_at": now}
+        for account, amount in sorted(amounts.items())
+    ]
+    if not rows or insert_new(session, LedgerEntryRow, *rows) == len(rows):
+        return
+    query = select(LedgerEntryRow.ledger_account, LedgerEntryRow.amount_gwei)
+    found = {
+        entry.ledger_account: entry.amount_gwei
+        for entry in session.execute(query.where(LedgerEntryRow.posting == posting))
+    }
+    if found != amounts:
+        raise Corrupted("posting_differs", f"{posting} holds {found}, given {amounts}", field="posting")
+
+
+def balance(session: Session, ledger_account: str) -> int:
+    """Gwei to the name of ``ledger_account``; one that nothing was posted to has none."""
+    total = select(func.sum(LedgerEntryRow.amount_gwei)).where(
+        LedgerEntryRow.ledger_account == ledger_account
+    )
+    return int(session.scalar(total) or 0)
+
+
+def imbalance(session: Session) -> dict[str, int]:
+    """Postings that do not sum to zero: always empty, unless somebody wrote past ``post``."""
+    total = func.sum(LedgerEntryRow.amount_gwei)
+    rows = session.execute(
+        select(LedgerEntryRow.posting, total).group_by(LedgerEntryRow.posting).having(total != 0)
+    )
+    return {posting: int(amount) for posting, amount in rows}
