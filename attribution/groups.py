@@ -68,8 +68,10 @@ def normalise(text: str) -> str:
 
 
 def _folded(text: str) -> str:
+    if text.isascii():
+        return text.lower()
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(c for c in folded if unicodedata.category(c) != "Cf")
+    return "".join(c for c in folded if c.isascii() or unicodedata.category(c) != "Cf")
 
 
 def shingles(text: str) -> frozenset[bytes]:

@@ -71,8 +71,9 @@ class Record:
 class Shard:
     """An upload: committed to (salted root) before its bytes are shown, then revealed and signed.
 
-    ``commitment`` is keccak of the salt and the Merkle root over the SHA-256 of every line; ``committed_seq``
-    orders commitments of one platform and decides who was first; it is 0 until the database has given it."""
+    ``commitment`` is keccak of a salt, the contributor and the Merkle root over the SHA-256 of every line
+    (``cluster/contributions.py``); ``committed_seq`` orders commitments of one platform and decides who was
+    first; it is 0 until the database has given it."""
 
     datanet: str
     contributor_id: bytes

@@ -12,6 +12,7 @@ import py3langid.langid
 
 from attribution.types import Record, Rejection, Shard
 from cluster.datanets import Rules
+from cluster.shards import split_lines
 from pipelines.pii import first_pii
 
 REQUIRED = ("subject", "answer", "source", "source_version", "source_key", "licence")
@@ -31,12 +32,6 @@ class _Refused(Exception):
         self.code = code
         self.field = field
         self.detail = detail
-
-
-def split_lines(data: bytes) -> list[bytes]:
-    """The rows of a shard. A final newline ends the last line, it does not begin another."""
-    lines = data.split(b"\n")
-    return lines[:-1] if lines[-1] == b"" else lines
 
 
 def validate_shard(shard: Shard, data: bytes, rules: Rules) -> Iterator[Accepted | Rejection]:

@@ -4,6 +4,7 @@ from attribution.groups import Committed, group
 from attribution.types import Manifest, Record, contributor_id
 from cluster.datanets import Datanet, Rules, Wordings
 from pipelines.manifests import SealPolicy, seal
+from pipelines.sources.drafts import jsonl
 
 CONTRIBUTORS = tuple(bytes([n]) * 20 for n in (1, 2, 3))  # wallets
 
@@ -51,6 +52,17 @@ def records() -> tuple[Record, ...]:
         )
         for n, (subject, answer) in enumerate(_METALS)
     )
+
+
+def row(record: Record) -> dict[str, str]:
+    """A record as its contributor writes it into a shard."""
+    fields = ("subject", "answer", "text", "source", "source_version", "source_key", "licence")
+    return {name: getattr(record, name) for name in fields}
+
+
+def shard_data() -> bytes:
+    """All twelve as JSON Lines."""
+    return jsonl(row(record) for record in records())
 
 
 def committed(records: tuple[Record, ...]) -> tuple[Committed, ...]:
