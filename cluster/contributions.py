@@ -106,6 +106,8 @@ def reveal(engine: Engine, storage: Storage, sent: Reveal, data: bytes, domain: 
                 shard_id=shard.shard_id.hex(),
                 content_sha256=claim.content_sha256.hex(),
                 num_rows=claim.num_rows,
+                salt=sent.salt,
+                signature=sent.signature,
                 revealed_at=now,
             )
         )

@@ -88,6 +88,8 @@ class ShardRow(Row):
     datanet: Mapped[str] = mapped_column(ForeignKey("datanets.name"))
     contributor_id: Mapped[str] = mapped_column(Hex32)
     content_sha256: Mapped[str | None] = mapped_column(Hex32)
+    salt: Mapped[bytes] = mapped_column(default=b"")  # with the bytes it opens the commitment, for anyone
+    signature: Mapped[bytes] = mapped_column(default=b"")  # of the contributor's wallet, over the reveal
     num_rows: Mapped[int | None]
     state: Mapped[str]
     reason: Mapped[str] = mapped_column(default="")

@@ -245,6 +245,8 @@ def upgrade() -> None:
         sa.Column("datanet", sa.Text(), nullable=False),
         sa.Column("contributor_id", sa.String(length=64), nullable=False),
         sa.Column("content_sha256", sa.String(length=64), nullable=True),
+        sa.Column("salt", sa.LargeBinary(), nullable=False),
+        sa.Column("signature", sa.LargeBinary(), nullable=False),
         sa.Column("num_rows", sa.BigInteger(), nullable=True),
         sa.Column("state", sa.Text(), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
