@@ -135,6 +135,28 @@ def check_reveal(sent: Reveal, data: bytes, wallet: bytes, domain: Domain) -> No
     verify(claim, domain, sent.signature, wallet)
 
 
+def refuse_duplicate(session: Session, claim: ShardReveal) -> None:
+    """``Rejected("duplicate_shard")`` if this contributor has revealed the same bytes under another
+    commitment.
+
+    Worth asking before committing: a commitment that can never be revealed helps nobody.
+    """
+    same_bytes = select(ShardRow.committed_seq).where(
+        ShardRow.datanet == claim.datanet,
+        ShardRow.contributor_id == claim.contributor_id.hex(),
+        ShardRow.content_sha256 == claim.content_sha256.hex(),
+        ShardRow.commitment != claim.commitment.hex(),
+    )
+    earlier = session.scalar(same_bytes)
+    if earlier is not None:
+        raise Rejected(
+            "duplicate_shard",
+            f"these bytes are shard {earlier} already",
+            field="content_sha256",
+            http_status=409,
+        )
+
+
 def _check_row(session: Session, claim: ShardReveal, now: int) -> tuple[int, bytes]:
     """Sequence number and wallet of a commitment that may be revealed as ``claim``."""
     row = session.scalar(select(ShardRow).where(ShardRow.commitment == claim.commitment.hex()))
@@ -145,20 +167,7 @@ def _check_row(session: Session, claim: ShardReveal, now: int) -> tuple[int, byt
             field="commitment",
             http_status=404,
         )
-    same_bytes = select(ShardRow.committed_seq).where(
-        ShardRow.datanet == claim.datanet,
-        ShardRow.contributor_id == claim.contributor_id.hex(),
-        ShardRow.content_sha256 == claim.content_sha256.hex(),
-        ShardRow.committed_seq != row.committed_seq,
-    )
-    earlier = session.scalar(same_bytes)
-    if earlier is not None:
-        raise Rejected(
-            "duplicate_shard",
-            f"these bytes are shard {earlier} already",
-            field="content_sha256",
-            http_status=409,
-        )
+    refuse_duplicate(session, claim)
     if row.state == "committed" and now > row.committed_at + REVEAL_WITHIN_S:
         raise Rejected(
             "reveal_late",

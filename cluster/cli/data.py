@@ -1,0 +1,125 @@
+"""``openledger datanet``: open one, contribute to it, turn what was contributed into a sealed manifest."""
+
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from sqlalchemy import Engine, func, select
+
+from attribution.errors import Rejected
+from cluster import contributions, signatures
+from cluster.cli import laptop
+from cluster.cli.screen import console, table
+from cluster.config import Settings, load_settings
+from cluster.database import connect, reading, writing
+from cluster.datanets import Datanet, open_datanet
+from cluster.storage import open_storage
+from cluster.tables import DatanetRow, RecordRow, ShardRow
+from pipelines.sources import computing_terms, python_lint
+from pipelines.sources.drafts import ShardDraft
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+SOURCES = ("python-lint", "computing-terms")
+
+
+@app.command("list")
+def list_datanets() -> None:
+    """Every Datanet with its shards and records."""
+    engine = connect(load_settings().database_url)
+    with reading(engine) as session:
+        shards = dict(
+            session.execute(select(ShardRow.datanet, func.count()).group_by(ShardRow.datanet)).tuples()
+        )
+        kept = (
+            select(RecordRow.datanet, func.count())
+            .where(RecordRow.state == "kept")
+            .group_by(RecordRow.datanet)
+        )
+        records = dict(session.execute(kept).tuples())
+        rows = [
+            (row.name, row.title, row.licence, shards.get(row.name, 0), records.get(row.name, 0))
+            for row in session.scalars(select(DatanetRow).order_by(DatanetRow.name))
+        ]
+    table("Datanets", ["name", "title", "licence", "shards", "records kept"], rows)
+
+
+@app.command("fill")
+def fill(source: Annotated[str, typer.Argument(help=" or ".join(SOURCES))]) -> None:
+    """Open a real Datanet and let its demo contributors commit to, reveal and sign their shards."""
+    settings = load_settings()
+    datanet, drafts = from_source(settings, source)
+    num_new = contribute(settings, connect(settings.database_url), datanet, drafts)
+    console.print(
+        f"{datanet.name}: {len(drafts)} shards of {len(drafts)} contributors, {num_new} of them new"
+    )
+
+
+@app.command("contribute")
+def contribute_file(
+    datanet: str, file: Path, wallet: Annotated[str, typer.Option(help="name of a wallet of this laptop")]
+) -> None:
+    """Commit to a JSON Lines file, reveal it and sign: one row is {subject, answer, text, source, …}."""
+    settings = load_settings()
+    owner = laptop.own_wallet(settings, wallet)
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise Rejected("unreadable_file", f"{file}: {error.strerror}", field="file") from error
+    seq = contribute_shard(
+        settings, connect(settings.database_url), datanet, wallet, owner.address, owner.key, data
+    )
+    console.print(f"{datanet}: shard {seq}, committed, revealed and signed by 0x{owner.address.hex()}")
+
+
+def from_source(settings: Settings, source: str) -> tuple[Datanet, Sequence[ShardDraft]]:
+    if source == python_lint.DATANET.name:
+        return python_lint.DATANET, python_lint.drafts()
+    if source == computing_terms.DATANET.name:
+        return computing_terms.DATANET, computing_terms.drafts(settings.home / "packages")
+    raise Rejected("unknown_source", f"{source!r} is none of {', '.join(SOURCES)}", field="source")
+
+
+def contribute(settings: Settings, engine: Engine, datanet: Datanet, drafts: Sequence[ShardDraft]) -> int:
+    """Open the Datanet and contribute every draft under its demo key; returns how many were not there yet."""
+    with writing(engine) as session:
+        owner = laptop.own_wallet(settings, "platform").address
+        open_datanet(session, datanet, contributions.register_contributor(session, owner, "platform"))
+    num_new = 0
+    for draft in drafts:
+        try:
+            contribute_shard(
+                settings, engine, datanet.name, draft.contributor, draft.wallet, draft.demo_key, draft.data
+            )
+            num_new += 1
+        except Rejected as refusal:
+            if refusal.code != "duplicate_shard":
+                raise
+    return num_new
+
+
+def contribute_shard(
+    settings: Settings, engine: Engine, datanet: str, label: str, wallet: bytes, key: bytes, data: bytes
+) -> int:
+    """Salted commitment first, signed bytes after. Returns the commitment's place in the order."""
+    now = int(time.time())
+    domain = signatures.datanets_domain(settings.chain.chain_id)
+    salt = secrets.token_bytes(32)
+    with writing(engine) as session:
+        contributor = contributions.register_contributor(session, wallet, label)
+        claim = contributions.claim_of(data, datanet, contributor, salt)
+        contributions.refuse_duplicate(session, claim)
+        contributions.commit(session, datanet, contributor, claim.commitment, now)
+    signature = signatures.sign(key, signatures.digest(claim, domain))
+    storage = open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint)
+    sent = contributions.Reveal(claim, salt, signature)
+    return contributions.reveal(engine, storage, sent, data, domain, now).committed_seq
+
+
+def manifest_summary(outcome_json: str) -> dict[str, object]:
+    """What the ingest job counted, as it wrote it into its run."""
+    summary: dict[str, object] = json.loads(outcome_json)
+    return summary
