@@ -1,6 +1,7 @@
 """Transactions as values: what to call, under which nonce and fees, the signed bytes, and the way back.
 
-Type 2 without an access list is all that this system sends. Encoding: https://eips.ethereum.org/EIPS/eip-1559."""
+Type 2 without an access list is all that this system sends. Encoding:
+https://eips.ethereum.org/EIPS/eip-1559."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,418 @@
+"""Receipts are settled exactly once, whatever dies, lies or goes away."""
+
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import func, select, update
+
+from attribution.errors import Corrupted
+from attribution.payload import WEI_PER_GWEI
+from chain.audit import audit_arithmetic
+from chain.outbox import BatchRules
+from chain.payload_source import PayloadSource
+from chain.rollup import Rollup
+from chain.settler import Settler
+from chain.signer import SignerClient
+from chain.transactions import Call, Fees, Transaction, parse
+from chain.world import SettlerRules, World
+from cluster.accounts import payer_of
+from cluster.database import reading, writing
+from cluster.ledger import ESCROW, FEES, balance, imbalance
+from cluster.receipts import outbox
+from cluster.tables import (
+    BatchReceiptRow,
+    BatchRow,
+    LeaseRow,
+    LedgerEntryRow,
+    PeriodRow,
+    ReceiptRow,
+    TransactionRow,
+)
+from tests.chain.crashing import Doom, Watched, forked
+from tests.chain.settling import AT_ONCE, Books, Site, site
+from tests.chain.stage import Stage, address, key
+
+pytestmark = pytest.mark.evm
+
+CREDITS = {"alice": 5, "carol": 7, "stranger": -2}
+MAX_TICKS = 60
+
+
+@pytest.fixture
+def here(stage: Stage, tmp_path: Path) -> Iterator[Site]:
+    with site(stage, tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def books(here: Site) -> Books:
+    """Alice and Bob have paid in, and have asked three questions each."""
+    books = Books(here)
+    books.open_payer("alice", 1000, 900)
+    books.open_payer("bob", 500, 500)
+    here.settler().tick()
+    for i in range(6):
+        books.serve("alice" if i % 2 else "bob", 10 + i, f"question {i}")
+    return books
+
+
+def rpc(here: Site, method: str, *params: object) -> Any:
+    question = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+    answer = httpx.post(here.stage.rpc_url, json=question).json()
+    assert "error" not in answer, answer
+    return answer["result"]
+
+
+@pytest.fixture
+def no_automine(here: Site) -> Iterator[None]:
+    rpc(here, "evm_setAutomine", False)
+    yield
+    rpc(here, "evm_setAutomine", True)
+
+
+def settle(settler: Settler, world: World, books: Books) -> list[str]:
+    """Tick to the end: all receipts settled, one period posted."""
+    said = []
+    for _ in range(MAX_TICKS):
+        said += settler.tick()
+        with reading(world.rows) as session:
+            waits = outbox(session).num_receipts
+            batches = set(session.scalars(select(BatchRow.state)))
+            periods = set(session.scalars(select(PeriodRow.state)))
+        if not waits and batches == {"final"} and periods == {"final"}:
+            return said
+        if not waits and batches == {"final"} and not periods:
+            books.close_period(CREDITS)
+    raise AssertionError(said)
+
+
+def run(here: Site, rules: SettlerRules = AT_ONCE, **changed: Any) -> list[str]:
+    world = replace(here.open(), **changed)
+    return settle(Settler(world, rules, "one"), world, Books(here))
+
+
+def assert_settled(here: Site, num_receipts: int = 6) -> None:
+    """Each receipt once; ledger zero; escrow as the rows say; no transaction that is not in the journal; and
+    a stranger's audit finds nothing."""
+    world = here.open()
+    with reading(world.rows) as session:
+        assert session.scalar(select(func.count(ReceiptRow.receipt_id))) == num_receipts
+        assert session.scalar(select(func.count(BatchReceiptRow.receipt_id))) == num_receipts
+        assert imbalance(session) == {} and session.scalar(select(func.sum(LedgerEntryRow.amount_gwei))) == 0
+        assert balance(session, FEES) == 0
+        escrow_gwei = -balance(session, ESCROW)
+        is_final = TransactionRow.state == "final"
+        journalled = session.scalars(select(TransactionRow.nonce).where(is_final)).all()
+        live = select(func.count()).where(TransactionRow.state.in_(("signed", "sent", "mined")))
+        assert session.scalar(live) == 0
+    d = here.stage.deployment
+    assert world.rollup.token_balance_wei(d.escrow) == escrow_gwei * WEI_PER_GWEI
+    ours = [nonce for nonce in journalled if nonce >= 0]
+    assert len(set(ours)) == len(ours) and max(ours) + 1 == world.rollup.nonce(address("settler"))
+    report = audit_arithmetic(world.rollup, PayloadSource(world.da, world.storage))
+    assert report.is_clean, report.to_text()
+    assert report.checked["receipts"] == num_receipts and report.checked["periods"] == 1
+    world.rows.dispose()
+
+
+def end_lease(world: World) -> None:
+    with writing(world.rows) as session:
+        session.execute(update(LeaseRow).values(expires_at=0))
+
+
+def back_up(here: Site, file: Path) -> None:
+    with closing(sqlite3.connect(here.folder / "rows.db")) as rows, closing(sqlite3.connect(file)) as copy:
+        rows.backup(copy)
+
+
+def restore(here: Site, file: Path) -> None:
+    for stale in here.folder.glob("rows.db*"):
+        stale.unlink()
+    shutil.copy(file, here.folder / "rows.db")
+
+
+def batch_row(world: World, batch_id: int = 1) -> BatchRow:
+    with reading(world.rows) as session:
+        return session.get_one(BatchRow, batch_id)
+
+
+def test_receipts_become_a_batch_and_a_period(here: Site, books: Books) -> None:
+    """Ceilings first, then the batch, then the period; a second settler of the same books has nothing to
+    do."""
+    said = run(here)
+    order = [line.split()[0].split(":")[0] for line in said if " sent as " in line]
+    assert order == ["ceiling", "ceiling", "batch", "period"]
+    assert_settled(here)
+    assert here.settler().tick() == ["leads with term 3"]
+
+
+@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_settler_killed_between_any_two_steps_is_resumed_without_loss_or_repetition(
+    here: Site, books: Books, tmp_path: Path, stride: int
+) -> None:
+    """For every n (every ninth in the quick suite): kill -9 at the n-th effect or commit, start another
+    process, let it end; then all is settled exactly once. How many steps there are is found by running until
+    a process survives."""
+    template = tmp_path / "template.db"
+    back_up(here, template)
+
+    def life(steps: int) -> int:
+        def work() -> None:
+            world = Doom(steps).watch(here.open())
+            settle(Settler(world, AT_ONCE, "one"), world, Books(here))
+
+        return forked(work)
+
+    for steps in range(0, 200, stride):
+        snapshot = rpc(here, "evm_snapshot")
+        restore(here, template)
+        ended = life(steps)
+        if ended == 0:
+            assert steps > 40, "the path has more steps than that"
+            return
+        assert ended == -9
+        assert life(10**9) == 0
+        assert_settled(here)
+        rpc(here, "evm_revert", snapshot)
+    raise AssertionError("never survived")
+
+
+def test_the_older_of_two_settlers_writes_nothing(here: Site, books: Books) -> None:
+    """Another takes over while the first waits for its certificate: the first does not enter it, and
+    stops."""
+    first = here.open()
+    late = here.settler("late")
+    end_lease(first)
+
+    def take_over() -> None:
+        end_lease(first)
+        assert any("leads with term" in line for line in late.tick())
+
+    steps = iter([take_over])
+    da: Any = Watched(first.da, "put", lambda: next(steps, lambda: None)())
+    said = Settler(replace(first, da=da), AT_ONCE, "early").tick()
+    assert "another settler leads" in said[-1]
+    settle(late, here.open(), books)
+    assert_settled(here)
+
+
+def test_one_settler_waits_while_another_leads(here: Site, books: Books) -> None:
+    early, late = here.settler("early"), here.settler("late")
+    end_lease(here.open())
+    assert "leads with term" in early.tick()[0]
+    assert "does not lead: lease_held" in late.tick()[0]
+
+
+@pytest.mark.parametrize("fault", ["da", "chain", "signer"])
+def test_what_is_down_is_waited_for_and_the_rest_goes_on(here: Site, books: Books, fault: str) -> None:
+    """The batch is sealed whatever is down; nothing is lost, and all is settled once it is back."""
+    world = here.open()
+    down: dict[str, Any] = {
+        "da": {"da": type(world.da)("http://127.0.0.1:9", patience_s=0.1)},
+        "chain": {"rollup": Rollup("http://127.0.0.1:9", here.stage.deployment)},
+        "signer": {"signer": SignerClient(here.folder / "nobody")},
+    }
+    settler = Settler(replace(world, **down[fault]), AT_ONCE, "one")
+    said = settler.tick() + settler.tick()
+    assert any("waits: " in line and "unavailable" in line for line in said)
+    assert batch_row(world).state == ("sealed" if fault == "da" else "dispersed")
+    run(here)
+    assert_settled(here)
+
+
+def test_a_certificate_that_does_not_lead_to_the_payload_is_discarded_before_it_is_used(
+    here: Site, books: Books
+) -> None:
+    """A byte of the blob changes between dispersal and commit: dispersed again under another certificate."""
+
+    def spoil() -> None:
+        for blob in (here.folder / "da").iterdir():
+            data = bytearray(blob.read_bytes())
+            data[40] ^= 1
+            blob.write_bytes(data)
+            (here.folder / "da").chmod(0o700)
+
+    da = here.open().da
+    spoils = iter([lambda: None, spoil])
+    watched: Any = Watched(da, "put", lambda: next(spoils, lambda: None)())
+    assert any("dispersing again" in line for line in run(here, da=watched))
+    assert_settled(here)
+
+
+def test_a_transaction_that_is_not_mined_is_outbid_by_a_tenth_until_one_version_lands(
+    here: Site, books: Books, no_automine: None
+) -> None:
+    world = here.open()
+    settler = Settler(world, replace(AT_ONCE, resubmit_s=0), "one")
+    for _ in range(4):
+        settler.tick()
+    with reading(world.rows) as session:
+        versions = [parse(raw) for raw in session.scalars(select(TransactionRow.raw))]
+    fees = sorted((v.fees.cap_wei, v.fees.tip_wei) for v in versions)
+    assert len(fees) >= 3 and len({v.nonce for v in versions}) == 1
+    for (cap, tip), (next_cap, next_tip) in pairwise(fees):
+        assert next_cap * 10 >= cap * 11 and next_tip * 10 >= tip * 11
+    rpc(here, "evm_setAutomine", True)
+    rpc(here, "evm_mine")
+    run(here)
+    assert_settled(here)
+
+
+def test_bidding_ends_at_five_times_the_suggestion(here: Site, books: Books, no_automine: None) -> None:
+    """From there on the same bytes are offered again."""
+    world = here.open()
+    settler = Settler(world, replace(AT_ONCE, resubmit_s=0), "one")
+    said = [line for _ in range(40) for line in settler.tick()]
+    assert "the limit" in said[-1]
+    with reading(world.rows) as session:
+        caps = [parse(raw).fees.cap_wei for raw in session.scalars(select(TransactionRow.raw))]
+    assert max(caps) <= 5 * world.rollup.suggest_fees().cap_wei
+
+
+def test_a_transaction_dropped_by_the_node_is_sent_again_byte_for_byte_after_a_restart(
+    here: Site, books: Books, no_automine: None
+) -> None:
+    here.settler().tick()
+    rpc(here, "anvil_dropAllTransactions")
+    rpc(here, "evm_setAutomine", True)
+    said = here.settler().tick()
+    assert any(" sent as " in line for line in said)
+    with reading(here.open().rows) as session:
+        assert session.scalar(select(func.count(TransactionRow.tx_hash))) == 1
+    run(here)
+    assert_settled(here)
+
+
+def test_a_batch_whose_block_is_reorganised_away_is_sent_again(here: Site, books: Books) -> None:
+    """Not final before the safe block is past it; until then it may fall out, and comes back."""
+    rules = replace(AT_ONCE, final_tag="safe")
+    world = here.open()
+    settler = Settler(world, rules, "one")
+    while batch_row_state(world) != "mined":
+        settler.tick()
+    rpc(here, "evm_setAutomine", False)
+    rpc(here, "anvil_reorg", 1, [])
+    said = settler.tick()
+    assert any("fell out of block" in line for line in said)
+    assert batch_row(world).state == "sent"
+    rpc(here, "evm_setAutomine", True)
+    rpc(here, "evm_mine")
+    settler.tick()
+    assert batch_row(world).state == "mined"
+    rpc(here, "anvil_mine", hex(40))
+    settler.tick()
+    assert batch_row(world).state == "final"
+
+
+def batch_row_state(world: World) -> str:
+    with reading(world.rows) as session:
+        return session.scalar(select(BatchRow.state)) or "none"
+
+
+def test_what_is_on_chain_already_is_adopted(here: Site, books: Books, tmp_path: Path) -> None:
+    """Rows restored from before the sending (a lost journal): the chain's batch and period are ours to the
+    byte, so they are taken over, and nothing is sent twice."""
+    world = here.open()
+    settler = here.settler()
+    while batch_row_state(world) != "dispersed":
+        settler.tick()
+    back_up(here, tmp_path / "backup.db")
+    run(here)
+    used = world.rollup.nonce(address("settler"))
+    restore(here, tmp_path / "backup.db")
+    said = here.settler().tick()
+    assert any("batch:1 was on chain already" in line for line in said)
+    assert batch_row(here.open()).state == "mined"
+    assert world.rollup.nonce(address("settler")) == used
+
+
+def test_another_batch_under_our_number_stops_the_settler(here: Site, books: Books) -> None:
+    world = here.open()
+    settler = here.settler()
+    while batch_row_state(world) != "dispersed":
+        settler.tick()
+    for name, most in (("alice", 900), ("bob", 500)):
+        here.stage.authorize(name, ceiling_gwei=most, expiry=2**40, by="treasury")
+    here.stage.settle({"alice": 7})
+    with pytest.raises(Corrupted) as found:
+        for _ in range(MAX_TICKS):
+            here.settler().tick()
+    assert found.value.code == "foreign_batch"
+
+
+def test_an_archive_that_was_changed_stops_the_settler(here: Site, books: Books) -> None:
+    world = here.open()
+    Settler(replace(world, da=type(world.da)("http://127.0.0.1:9", patience_s=0.1)), AT_ONCE, "one").tick()
+    world.storage.put(f"blobs/{batch_row(world).payload_hash}", b"something else")
+    with pytest.raises(Corrupted) as found:
+        here.settler().tick()
+    assert found.value.code == "archive_hash"
+
+
+def test_a_nonce_that_went_to_somebody_elses_transaction_is_given_up(
+    here: Site, books: Books, no_automine: None
+) -> None:
+    """The settler's key was used elsewhere: a new transaction takes a new nonce."""
+    world = here.open()
+    settler = Settler(world, AT_ONCE, "one")
+    settler.tick()
+    rpc(here, "anvil_dropAllTransactions")
+    d = here.stage.deployment
+    nonce = world.rollup.nonce(address("settler"))
+    other = Transaction(d.chain_id, nonce, 100_000, Fees(10**9, 10**10), Call(d.token, b""))
+    other = replace(other, call=world.rollup.encode_register([address("bob")]))
+    world.rollup.send_raw(other.sign(key("settler")))
+    rpc(here, "evm_setAutomine", True)
+    rpc(here, "evm_mine")
+    assert any("went to another transaction" in line for line in settler.tick())
+    run(here)
+    with reading(world.rows) as session:
+        assert {r.state for r in session.scalars(select(TransactionRow))} == {"final", "replaced"}
+
+
+def test_deposits_count_when_final_and_wishes_to_withdraw_at_once(here: Site) -> None:
+    books = Books(here)
+    books.open_payer("alice", 1000, 900)
+    world = here.open()
+    settler = Settler(world, replace(AT_ONCE, final_tag="safe"), "one")
+    settler.tick()
+    with reading(world.rows) as session:
+        assert payer_of(session, address("alice")).deposited_gwei == 0
+    rpc(here, "anvil_mine", hex(40))
+    settler.tick()
+    settler.tick()
+    here.stage.do("alice", world.rollup.encode_request_withdrawal(300 * WEI_PER_GWEI))
+    settler.tick()
+    with reading(world.rows) as session:
+        payer = payer_of(session, address("alice"))
+        assert (payer.deposited_gwei, payer.withdrawing_gwei) == (1000, 300)
+    here.stage.pass_time(4_000)
+    here.stage.do("alice", world.rollup.encode_withdraw())
+    settler.tick()
+    with reading(world.rows) as session:
+        payer = payer_of(session, address("alice"))
+        assert payer.deposited_gwei - payer.withdrawing_gwei == 700
+    rpc(here, "anvil_mine", hex(40))
+    Settler(here.open(), replace(AT_ONCE, final_tag="safe"), "one").tick()
+    with reading(world.rows) as session:
+        payer = payer_of(session, address("alice"))
+        assert (payer.deposited_gwei, payer.withdrawing_gwei) == (700, 0)
+        assert balance(session, ESCROW) == -700
+
+
+def test_many_batches_follow_one_another(here: Site, books: Books) -> None:
+    """Two receipts a batch: three batches, captures cumulative, heads chained."""
+    world = here.open()
+    rules = replace(AT_ONCE, batch=BatchRules(max_receipts=2, max_age_s=0))
+    settle(Settler(world, rules, "one"), world, books)
+    with reading(world.rows) as session:
+        assert session.scalars(select(BatchRow.num_receipts)).all() == [2, 2, 2]
+    assert_settled(here)
