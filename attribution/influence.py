@@ -16,12 +16,39 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from attribution.errors import Corrupted
+from attribution.fixed_point import add_weighted, to_fixed_point
+from attribution.gradients import Example, Lora, answer_gradients, batches, num_parameters
 from attribution.sketch import Sketch, exact_dots
 
 FEATURE_BITS = 14  # features are at most of unit length: int16 multiples of 2^-14
+
+
+MAX_BATCH_TOKENS = 768
+
+
+def sketched_gradients(model: nn.Module, lora: Lora, examples: Sequence[Example], sketch: Sketch) -> Tensor:
+    """Each example's gradient, sketched, in the order given: ``[examples, size]``. Batched by length, so for
+    features only; money takes its answers one at a time."""
+    rows = torch.empty(len(examples), sketch.size)
+    for batch in batches(examples, MAX_BATCH_TOKENS):
+        rows[batch] = sketch.floats(answer_gradients(model, lora, [examples[i] for i in batch]))
+    return rows
+
+
+def weighted_query_sum(
+    model: nn.Module, lora: Lora, weighted: Sequence[tuple[Example, int]], bits: int
+) -> Tensor:
+    """Integer sum of the unit gradients of answers, each times its fee in gwei: int64 ``[parameters]``.
+
+    One answer at a time, so that no answer's rounding depends on which others were paid for."""
+    total = torch.zeros(num_parameters(lora), dtype=torch.int64)
+    for example, fee_gwei in weighted:
+        gradient = answer_gradients(model, lora, [example])[0]
+        add_weighted(total, to_fixed_point(gradient, bits), fee_gwei)
+    return total
 
 
 @dataclass(frozen=True, slots=True)
