@@ -55,6 +55,7 @@ class RaySettings(Values):
     num_cpus: int = 0  # 0 means what the machine has
     object_store_bytes: int = 300_000_000
     start_timeout_s: int = 180
+    environment: dict[str, str] = {}  # for every Ray process we start; visible to all, so no secrets
 
 
 class ChainSettings(Values):
