@@ -46,8 +46,8 @@ def post(session: Session, posting: str, entries: Sequence[Entry], ref: str, now
         {"posting": posting, "ledger_account": account, "amount_gwei": amount, "ref": ref, "created_at": now}
         for account, amount in sorted(amounts.items())
     ]
-    if not rows or insert_new(session, LedgerEntryRow, *rows) == len(rows):
-        return
+    if rows:
+        insert_new(session, LedgerEntryRow, *rows)
     query = select(LedgerEntryRow.ledger_account, LedgerEntryRow.amount_gwei)
     found = {
         entry.ledger_account: entry.amount_gwei
