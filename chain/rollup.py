@@ -27,8 +27,9 @@ from chain.artifact import load_artifact
 from chain.deployment import Deployment
 from chain.events import Event, Position
 from chain.fees import L1_BLOCK, FeeParameters
-from chain.structs import BatchHeader, ClaimCall, PayerState, PeriodHeader, PeriodState, SpendCeiling
+from chain.structs import BatchHeader, ClaimCall, PayerState, PeriodHeader, PeriodState
 from chain.transactions import Call, Fees, MinedTransaction, tx_hash
+from cluster.signatures import SpendCeiling
 
 T = TypeVar("T")
 Tag = Literal["latest", "safe", "finalized"] | int
