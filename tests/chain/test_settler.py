@@ -21,7 +21,7 @@ from chain.transactions import Call, Fees, Transaction, parse
 from chain.world import SettlerRules, World
 from cluster.accounts import payer_of
 from cluster.database import reading, writing
-from cluster.ledger import ESCROW, FEES, balance, imbalance
+from cluster.ledger import DISTRIBUTOR, ESCROW, FEES, balance, imbalance
 from cluster.tables import (
     BatchReceiptRow,
     BatchRow,
@@ -72,14 +72,15 @@ def assert_settled(here: Site, num_receipts: int = 6) -> None:
         assert session.scalar(select(func.count(ReceiptRow.receipt_id))) == num_receipts
         assert session.scalar(select(func.count(BatchReceiptRow.receipt_id))) == num_receipts
         assert imbalance(session) == {} and session.scalar(select(func.sum(LedgerEntryRow.amount_gwei))) == 0
-        assert balance(session, FEES) == 0
-        escrow_gwei = -balance(session, ESCROW)
+        escrow_gwei, distributor_gwei = -balance(session, ESCROW), -balance(session, DISTRIBUTOR)
+        assert balance(session, FEES) == distributor_gwei
         is_final = TransactionRow.state == "final"
         journalled = session.scalars(select(TransactionRow.nonce).where(is_final)).all()
         live = select(func.count()).where(TransactionRow.state.in_(("signed", "sent", "mined")))
         assert session.scalar(live) == 0
     d = here.stage.deployment
     assert world.rollup.token_balance_wei(d.escrow) == escrow_gwei * WEI_PER_GWEI
+    assert world.rollup.token_balance_wei(d.distributor) == distributor_gwei * WEI_PER_GWEI
     ours = [nonce for nonce in journalled if nonce >= 0]
     assert len(set(ours)) == len(ours) and max(ours) + 1 == world.rollup.nonce(address("settler"))
     report = audit_arithmetic(world.rollup, PayloadSource(world.da, world.storage))
