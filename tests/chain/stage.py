@@ -150,13 +150,13 @@ def expected_head(head: bytes, header: BatchHeader, da: bytes) -> bytes:
     )
 
 
-def set_stage(rpc_url: str, *, activation_delay_s: int = 0) -> Stage:
+def set_stage(rpc_url: str, *, activation_delay_s: int = 0, deployer: str = "treasury") -> Stage:
     """Fresh contracts on a chain that runs; everybody has gas money."""
-    for name in NAMES:
+    for name in {*NAMES, deployer}:
         anvil.bridge(rpc_url, address(name), 100 * TOKEN)
     terms = Terms(
         *(address(name) for name in NAMES[:4]),
         withdrawal_delay_s=WITHDRAWAL_DELAY_S,
         activation_delay_s=activation_delay_s,
     )
-    return Stage(rpc_url, Rollup(rpc_url, deploy(rpc_url, key("treasury"), terms, say=lambda line: None)))
+    return Stage(rpc_url, Rollup(rpc_url, deploy(rpc_url, key(deployer), terms, say=lambda line: None)))
