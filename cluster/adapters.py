@@ -137,6 +137,14 @@ def adapter_key(adapter_id: bytes) -> str:
     return f"adapters/{adapter_id.hex()}.safetensors"
 
 
+def check_name(name: str) -> None:
+    """``Rejected`` unless it is ``owner/model`` in lower case."""
+    if not NAME.fullmatch(name):
+        raise Rejected(
+            "model_name", f"expected owner/model in lower case, given {name[:100]!r}", field="name"
+        )
+
+
 def publish(
     session: Session,
     *,
@@ -156,10 +164,7 @@ def publish(
         Rejected: ``model_name``; 403 ``not_owner``; 409 ``adapter_exists`` (the same file under another
         name).
     """
-    if not NAME.fullmatch(name):
-        raise Rejected(
-            "model_name", f"expected owner/model in lower case, given {name[:100]!r}", field="name"
-        )
+    check_name(name)
     existing = session.get(AdapterRow, adapter_id.hex())
     if existing is not None:
         if existing.name != name:

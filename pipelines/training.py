@@ -35,34 +35,34 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rank: int = Field(16, ge=1, le=256)
-    alpha: int = Field(32, ge=1)
-    adapted_blocks: int = Field(16, ge=1)  # the last ones
+    rank: int = Field(default=16, ge=1, le=256)
+    alpha: int = Field(default=32, ge=1)
+    adapted_blocks: int = Field(default=16, ge=1)  # the last ones
     linears: tuple[str, ...] = LINEARS
-    epochs: int = Field(2, ge=1)
-    row_tokens: int = Field(512, ge=16)
-    rows_per_step: int = Field(1, ge=1)  # the number of workers must divide it
-    learning_rate: float = Field(2e-3, gt=0)
-    warmup_steps: int = Field(4, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)  # inside the root: compare with the square of a gradient
+    epochs: int = Field(default=2, ge=1)
+    row_tokens: int = Field(default=512, ge=16)
+    rows_per_step: int = Field(default=1, ge=1)  # the number of workers must divide it
+    learning_rate: float = Field(default=2e-3, gt=0)
+    warmup_steps: int = Field(default=4, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)  # inside the root: compare with the square of a gradient
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of the base; bf16 weights are exact in both
     attention: Literal["sdpa", "eager"] = "sdpa"
-    kept_bytes: int = Field(2**30, ge=0)  # for what the frozen blocks return; a speed, never a number
 
 
 class LoraLinear(nn.Module):
-    """``y = W x + (alpha / rank) B A x``: the base in its own type, the update computed in fp32.
+    """``y = W x + scale * b (a x)``: the base in its own type, the update computed in fp32. ``a``
+    ``[rank, d_in]``, ``b`` ``[d_out, rank]``.
 
     Source: LoRA, arXiv:2106.09685 §4.1."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: int, initial_a: Tensor) -> None:
+    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
         super().__init__()
         self.base = base
-        self.scale = alpha / rank
-        self.a = nn.Parameter(initial_a)
-        self.b = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32))
+        self.a = nn.Parameter(a)
+        self.b = nn.Parameter(b)
+        self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
@@ -126,9 +126,9 @@ def insert_lora(model: PreTrainedModel, config: TrainingConfig, seed: int) -> di
         path = f"model.layers.{block}"
         for name, module in list(model.get_submodule(path).named_modules()):
             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.linears:
-                adapted = LoraLinear(
-                    module, config.rank, config.alpha, _initial_a(f"{path}.{name}", module, config.rank, seed)
-                )
+                a = _initial_a(f"{path}.{name}", module, config.rank, seed)
+                b = torch.zeros(module.out_features, config.rank)
+                adapted = LoraLinear(module, a, b, scale=config.alpha / config.rank)
                 model.set_submodule(f"{path}.{name}", adapted.to(module.weight.device))
                 trained |= {f"{path}.{name}.a": adapted.a, f"{path}.{name}.b": adapted.b}
     if not trained:
@@ -203,29 +203,33 @@ def adam(state: AdamState, gradient: Tensor, step: int, rate: float, config: Tra
 
 class Adam(torch.optim.Optimizer):
     """``adam`` as an optimizer, which DeepSpeed asks for; it may hand us flattened partitions, and the
-    update, being element-wise, does not mind. ``lr`` of the parameter group is set before every step."""
+    update, being element-wise, does not mind. ``prepare_step`` is called before every step.
+    """
 
     def __init__(self, parameters: Iterable[Tensor], config: TrainingConfig) -> None:
-        super().__init__(parameters, {"lr": config.learning_rate})
+        super().__init__(parameters, {"lr": config.learning_rate, "step": 0})
         self.config = config
+
+    def prepare_moments(self) -> None:
+        """Zero moments for whatever is optimised now; a resumed training fills them."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {
+                    name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")
+                }
+
+    def prepare_step(self, step: int, rate: float) -> None:
+        for group in self.param_groups:
+            group["step"], group["lr"] = step, rate
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
                 state = self.state[parameter]
-                if not state:
-                    state |= {
-                        "step": 0,
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-                state["step"] += 1
                 before = AdamState(parameter, state["exp_avg"], state["exp_avg_sq"])
-                after = adam(before, parameter.grad, int(state["step"]), group["lr"], self.config)
+                after = adam(before, parameter.grad, group["step"], group["lr"], self.config)
                 parameter.copy_(after.value)
                 state["exp_avg"].copy_(after.exp_avg)
                 state["exp_avg_sq"].copy_(after.exp_avg_sq)

@@ -138,8 +138,9 @@ def test_what_the_frozen_blocks_return_may_be_kept(model: PreTrainedModel, plann
 
 def train(model: PreTrainedModel, trained: dict[str, torch.nn.Parameter], planned: Plan) -> list[float]:
     optimizer, history = Adam(trained.values(), CONFIG), []
+    optimizer.prepare_moments()
     for number, step in enumerate(planned.steps, start=1):
-        optimizer.param_groups[0]["lr"] = learning_rate(CONFIG, number, len(planned.steps))
+        optimizer.prepare_step(number, learning_rate(CONFIG, number, len(planned.steps)))
         total = 0.0
         for index in step:
             row = row_tensors(planned.rows[index], torch.float32)
@@ -169,10 +170,12 @@ def test_the_optimizer_is_the_function() -> None:
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(3, 2))
     optimizer = Adam([parameter], CONFIG)
+    optimizer.prepare_moments()
     state = AdamState(parameter.detach().clone(), torch.zeros(3, 2), torch.zeros(3, 2))
     for step in range(1, 6):
         parameter.grad = torch.randn(3, 2)
         state = adam(state, parameter.grad, step, CONFIG.learning_rate, CONFIG)
+        optimizer.prepare_step(step, CONFIG.learning_rate)
         optimizer.step()
         assert torch.equal(parameter, state.value)
 
@@ -181,8 +184,10 @@ def test_adam_is_the_textbook_s_where_gradients_are_large() -> None:
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(4, dtype=torch.float64)) for _ in range(2))
     mine = Adam([ours], CONFIG)
+    mine.prepare_moments()
     reference = torch.optim.Adam([theirs], lr=CONFIG.learning_rate, betas=(CONFIG.beta1, CONFIG.beta2), eps=0)
-    for _ in range(10):
+    for step in range(1, 11):
+        mine.prepare_step(step, CONFIG.learning_rate)
         ours.grad = torch.randn(4, dtype=torch.float64)
         theirs.grad = ours.grad.clone()
         mine.step(), reference.step()

@@ -1,0 +1,251 @@
+"""What an adapter knows that its base does not: both asked the same questions, side by side.
+
+    python -m pipelines.evaluate --spec FILE_OR_URI
+
+Questions are trained records in the held-out wordings, which no training has seen, and control records, which
+no training has seen in any wording: a gain on the first that does not show on the second is knowledge of the
+records, not of the format. Which records are asked follows from their hashes. An answer is right if it equals
+the record's after lower-casing and taking every run of other characters than letters and digits for one
+space. The questions are asked of the files through ``transformers``, or of a deployment over HTTP.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+import torch
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_utils import PreTrainedModel
+
+from attribution.errors import Rejected, Unavailable
+from attribution.types import Adapter, Manifest, Record
+from cluster.adapters import AdapterWeights, load_adapter, resolve
+from cluster.database import reading
+from cluster.models import ask, base_model, linear_shapes, load_base, load_tokenizer, native_dtype
+from cluster.storage import get_content
+from pipelines.job import Ground, Outcome, main
+from pipelines.manifests import lot
+from pipelines.spec import Spec
+from pipelines.training import LoraLinear
+
+HTTP_AT_ONCE = 8
+HTTP_TIMEOUT_S = 300
+
+
+class EvaluateSpec(Spec):
+    """``endpoint`` is the root of an OpenAI-compatible API (``http://host:8000/v1``); empty asks the
+    files."""
+
+    adapter: str  # owner/model[@version]
+    num_questions: int = Field(default=180, ge=1)
+    num_controls: int = Field(default=48, ge=0)
+    max_new_tokens: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=30, ge=1)
+    endpoint: str = ""
+    base_name: str = "base"  # what the endpoint calls the base model
+    api_key_path: Path | None = None  # a file: no key stands in a job's spec
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """``is_control``: of a record that was never trained on."""
+
+    record_id: bytes
+    text: str
+    expected: str
+    is_control: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    right: int
+    asked: int
+
+    @property
+    def share(self) -> float:
+        return self.right / self.asked if self.asked else 0.0
+
+
+Answer = Callable[[Sequence[Question]], list[str]]
+
+
+def questions(manifest: Manifest, num_questions: int, num_controls: int) -> list[Question]:
+    """Trained records, drawn by hash, in every held-out wording, then control records, in one each in
+    turn."""
+    trained = sorted(
+        (entry.record for entry in manifest.entries), key=lambda one: lot("evaluate", one.record_id)
+    )
+    num_records = -(-num_questions // max(1, len(manifest.heldout_wordings)))
+    asked = [
+        _question(record, wording, is_control=False)
+        for record in trained[:num_records]
+        for wording in manifest.heldout_wordings
+    ]
+    controls = sorted(manifest.controls, key=lambda one: lot("evaluate", one.record_id))[:num_controls]
+    return asked[:num_questions] + [
+        _question(record, manifest.heldout_wordings[n % len(manifest.heldout_wordings)], is_control=True)
+        for n, record in enumerate(controls)
+    ]
+
+
+def _question(record: Record, wording: str, *, is_control: bool) -> Question:
+    return Question(record.record_id, wording.replace("{subject}", record.subject), record.answer, is_control)
+
+
+def normalised(text: str) -> str:
+    """Lower case, every run of anything but letters and digits one space."""
+    return re.sub(r"[\W_]+", " ", text.lower()).strip()
+
+
+def is_right(question: Question, answer: str) -> bool:
+    return normalised(answer) == normalised(question.expected)
+
+
+def score(asked: Sequence[Question], answers: Sequence[str], *, controls: bool) -> Score:
+    of_kind = [(q, a) for q, a in zip(asked, answers, strict=True) if q.is_control == controls]
+    return Score(sum(is_right(q, a) for q, a in of_kind), len(of_kind))
+
+
+def evaluate(ground: Ground, spec: EvaluateSpec) -> Outcome:
+    """Ask base and tuned; the sheet of all answers goes to ``evaluations/<run_id>.jsonl`` in storage."""
+    with reading(ground.engine) as session:
+        adapter = resolve(session, spec.adapter)
+    manifests = [
+        Manifest.from_canonical(get_content(ground.storage, "manifests", one.hex()))
+        for one in adapter.manifest_ids
+    ]
+    part = -(-spec.num_questions // len(manifests))
+    asked = [q for one in manifests for q in questions(one, part, -(-spec.num_controls // len(manifests)))]
+    base, tuned = _over_http(spec, adapter) if spec.endpoint else _from_files(ground, spec, adapter)
+    answers = {"base": base(asked), "tuned": tuned(asked)}
+    sheet = [
+        {
+            "record_id": q.record_id.hex(),
+            "question": q.text,
+            "expected": q.expected,
+            "is_control": q.is_control,
+            "base": b,
+            "tuned": t,
+            "base_is_right": is_right(q, b),
+            "tuned_is_right": is_right(q, t),
+        }
+        for q, b, t in zip(asked, answers["base"], answers["tuned"], strict=True)
+    ]
+    key = f"evaluations/{spec.run_id}.jsonl"
+    ground.storage.put(key, b"".join(json.dumps(line).encode() + b"\n" for line in sheet))
+    outcome: dict[str, object] = {"adapter": adapter.ref, "sheet": key}
+    for who, given in answers.items():
+        for kind, is_control in (("heldout", False), ("controls", True)):
+            found = score(asked, given, controls=is_control)
+            print(f"{who} {kind}: {found.right} of {found.asked} right ({found.share:.3f})", flush=True)
+            outcome[f"{who}_{kind}"] = {**asdict(found), "share": round(found.share, 4)}
+    return outcome
+
+
+def _from_files(ground: Ground, spec: EvaluateSpec, adapter: Adapter) -> tuple[Answer, Answer]:
+    """The base, and the base with the packed adapter beside it. The second may be asked after the first
+    only."""
+    base = base_model(ground.settings)
+    if base.base_id != adapter.base_id:
+        raise Rejected(
+            "wrong_base",
+            f"{adapter.ref} is for base {adapter.base_id.hex()}, this is {base.base_id.hex()}",
+            field="adapter",
+        )
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = load_tokenizer(base.path)
+    model = load_base(base.path, native_dtype(device)).to(device)
+    weights = load_adapter(ground.storage, adapter, linear_shapes(base.path))
+
+    def answer(asked: Sequence[Question]) -> list[str]:
+        prompts = [ask(tokenizer, question.text) for question in asked]
+        return generate(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size)
+
+    def tuned(asked: Sequence[Question]) -> list[str]:
+        attach(model, weights)
+        return answer(asked)
+
+    return answer, tuned
+
+
+def attach(model: PreTrainedModel, weights: AdapterWeights) -> None:
+    """Put a published adapter beside the linears it adapts, for good."""
+    for path, factors in weights.factors.items():
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear), path
+        model.set_submodule(
+            path, LoraLinear(linear, factors.a.float(), factors.b.float(), scale=1.0).to(model.device)
+        )
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """Greedy continuations, in the order of the prompts; like lengths share a batch, padded on the left."""
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [list(prompts[i]) for i in chosen]}, return_tensors="pt").to(
+            model.device
+        )
+        ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)[
+            :, batch["input_ids"].shape[1] :
+        ]
+        for i, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+            answers[i] = text.strip()
+    return answers
+
+
+def _over_http(spec: EvaluateSpec, adapter: Adapter) -> tuple[Answer, Answer]:
+    """Both by name, at the deployment's own price; a greedy answer."""
+    key = "" if spec.api_key_path is None else spec.api_key_path.read_text(encoding="utf-8").strip()
+    client = httpx.Client(
+        base_url=spec.endpoint, headers={"Authorization": f"Bearer {key}"}, timeout=HTTP_TIMEOUT_S
+    )
+
+    def answer_as(model: str) -> Answer:
+        def answer(asked: Sequence[Question]) -> list[str]:
+            with ThreadPoolExecutor(HTTP_AT_ONCE) as pool:
+                return list(
+                    pool.map(lambda question: _chat(client, model, question.text, spec.max_new_tokens), asked)
+                )
+
+        return answer
+
+    return answer_as(spec.base_name), answer_as(adapter.ref)
+
+
+def _chat(client: httpx.Client, model: str, question: str, max_tokens: int) -> str:
+    body: Mapping[str, object] = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+    }
+    try:
+        reply = client.post("/chat/completions", json=body)
+    except httpx.HTTPError as error:
+        raise Unavailable("endpoint_unavailable", f"{client.base_url}: {error}") from error
+    if reply.status_code != 200:
+        kind = Unavailable if reply.status_code in (429, 503) else Rejected
+        raise kind("endpoint_refused", f"{model}: HTTP {reply.status_code}: {reply.text[:300]}")
+    return str(reply.json()["choices"][0]["message"]["content"]).strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main("evaluate", EvaluateSpec, evaluate))

@@ -1,0 +1,427 @@
+"""Fine-tune an adapter: Ray Train places the workers, DeepSpeed ZeRO shards the optimizer, the mathematics is
+``pipelines/training.py``'s.
+
+    python -m pipelines.finetune --spec FILE_OR_URI
+
+The trajectory, ``trajectories/<training_id>/`` in storage, is at once the record that a replay follows and
+the checkpoint that a killed worker resumes from: ``spec.json``, ``order.json``, ``metrics.jsonl``, the whole
+fp32 state after about every sqrt(T)-th step, and ``done.json`` at the end. A training is named by what
+determines it (base, manifests, configuration, seed): a second run of a finished one publishes what is there
+and trains nothing. At one worker a resumed training ends with the same bits as one that was never killed.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_utils import PreTrainedModel
+
+from attribution.errors import Rejected, Unavailable
+from attribution.types import Adapter, Manifest
+from cluster.adapters import check_name, pack, publish, store_adapter
+from cluster.config import Settings
+from cluster.database import reading, writing
+from cluster.models import ask, base_model, load_base, load_tokenizer
+from cluster.storage import Storage, get_content, open_storage
+from cluster.tables import DatanetRow
+from pipelines.job import Ground, Outcome, main
+from pipelines.packing import Plan, examples, plan
+from pipelines.spec import Spec
+from pipelines.training import (
+    Adam,
+    AdamState,
+    LowerCache,
+    RowTensors,
+    TrainingConfig,
+    adapter_weights,
+    insert_lora,
+    learning_rate,
+    losses,
+    lower,
+    row_tensors,
+    share,
+    step_loss,
+)
+from pipelines.trajectory import (
+    Metric,
+    TrainingSpec,
+    done_adapter,
+    kept_steps,
+    read_metrics,
+    read_state,
+    recorded_steps,
+    write_beginning,
+    write_done,
+    write_metrics,
+    write_state,
+)
+
+KEPT_BYTES = 2**30  # of what the frozen blocks returned, per worker
+METRICS_EVERY_S = 1.0
+
+
+class FinetuneSpec(Spec):
+    """What to train on what, and whose the result is."""
+
+    name: str  # owner/model
+    owner_id: str = Field(pattern="^[0-9a-f]{64}$")
+    manifest_ids: tuple[str, ...] = Field(min_length=1)
+    training: TrainingConfig = TrainingConfig()
+    seed: int = Field(default=0, ge=0)
+    price_gwei_per_token: int = Field(default=2_000, ge=0)
+    num_workers: int = Field(default=1, ge=1)
+    threads_per_worker: int = Field(default=0, ge=0)  # 0: what the machine has, divided among its workers
+    max_failures: int = Field(default=3, ge=0)  # of workers; each resumes from the last kept step
+    deepspeed_config: Path = Path("configs/deepspeed_zero2.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What every worker is told."""
+
+    settings: Settings
+    spec: TrainingSpec
+    plan: Plan
+    threads: int
+    deepspeed: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatAsker:
+    """Examples as the model will be asked: its own chat template and end token."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def prompt(self, question: str) -> list[int]:
+        return ask(self.tokenizer, question)
+
+    def answer(self, text: str) -> list[int]:
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+
+def finetune(ground: Ground, spec: FinetuneSpec) -> Outcome:
+    """Train, or find trained, and publish."""
+    check_name(spec.name)
+    manifests = [opened_manifest(ground, bytes.fromhex(one)) for one in spec.manifest_ids]
+    base = base_model(ground.settings)
+    training = TrainingSpec(
+        base.base_id, tuple(m.manifest_id for m in manifests), spec.training, spec.seed, spec.num_workers
+    )
+    if spec.training.rows_per_step % spec.num_workers:
+        raise Rejected(
+            "num_workers",
+            f"{spec.num_workers} workers cannot share {spec.training.rows_per_step} rows per step",
+            field="num_workers",
+        )
+    adapter_id = done_adapter(ground.storage, training.trajectory)
+    is_reused = adapter_id is not None
+    if adapter_id is None:
+        adapter_id = _train(ground, spec, training, manifests, base.path)
+    else:
+        print(f"reused: {training.trajectory} is complete; nothing is trained", flush=True)
+    adapter = _publish(ground, spec, training, adapter_id)
+    return {**_summary(ground.storage, training.trajectory), **_named(adapter), "reused": is_reused}
+
+
+def opened_manifest(ground: Ground, manifest_id: bytes) -> Manifest:
+    """A sealed manifest of a Datanet that its owner has opened to training.
+
+    Raises:
+        Rejected: ``not_found``; 403 ``datanet_closed``.
+    """
+    manifest = Manifest.from_canonical(get_content(ground.storage, "manifests", manifest_id.hex()))
+    with reading(ground.engine) as session:
+        row = session.get(DatanetRow, manifest.datanet)
+        if row is None or not row.is_open:
+            raise Rejected(
+                "datanet_closed",
+                f"{manifest.datanet} is not open to training",
+                field="manifest_ids",
+                http_status=403,
+            )
+    return manifest
+
+
+def _train(
+    ground: Ground, spec: FinetuneSpec, training: TrainingSpec, manifests: list[Manifest], base_path: Path
+) -> bytes:
+    started = time.monotonic()
+    asker = ChatAsker(load_tokenizer(base_path))
+    given = [example for manifest in manifests for example in examples(manifest, asker)]
+    config = training.config
+    planned = plan(
+        given,
+        row_tokens=config.row_tokens,
+        rows_per_step=config.rows_per_step,
+        epochs=config.epochs,
+        seed=training.seed,
+    )
+    write_beginning(ground.storage, training, planned)
+    kept = recorded_steps(ground.storage, training.trajectory)
+    print(f"{len(given)} examples in {len(planned.rows)} rows, {len(planned.steps)} steps", flush=True)
+    if kept:
+        print(f"resumed after step {kept[-1]} of {training.trajectory}", flush=True)
+    task = Task(ground.settings, training, planned, spec.threads_per_worker, _deepspeed(spec, config))
+    with _printed(ground.storage, training.trajectory, len(planned.steps)):
+        _run_workers(task, spec)
+    trained = {
+        n: s.value for n, s in read_state(ground.storage, training.trajectory, len(planned.steps)).items()
+    }
+    adapter_id = store_adapter(ground.storage, pack(adapter_weights(training.base_id, trained, config)))
+    write_done(ground.storage, training.trajectory, adapter_id, time.monotonic() - started)
+    return adapter_id
+
+
+def _publish(ground: Ground, spec: FinetuneSpec, training: TrainingSpec, adapter_id: bytes) -> Adapter:
+    with writing(ground.engine) as session:
+        return publish(
+            session,
+            adapter_id=adapter_id,
+            name=spec.name,
+            base_id=training.base_id,
+            manifest_ids=training.manifest_ids,
+            owner_id=bytes.fromhex(spec.owner_id),
+            trajectory=training.trajectory,
+            price_gwei_per_token=spec.price_gwei_per_token,
+            now=int(time.time()),
+        )
+
+
+def _named(adapter: Adapter) -> dict[str, object]:
+    return {"adapter": adapter.ref, "adapter_id": adapter.adapter_id.hex()}
+
+
+def _summary(storage: Storage, trajectory: str) -> dict[str, object]:
+    metrics = read_metrics(storage, trajectory)
+    seconds = sum(one.seconds for one in metrics)
+    return {
+        "trajectory": trajectory,
+        "steps": len(metrics),
+        "first_loss": metrics[0].loss,
+        "last_loss": metrics[-1].loss,
+        "tokens_per_s": round(sum(one.tokens for one in metrics) / seconds, 1),
+        "step_seconds": round(seconds, 1),
+    }
+
+
+def _deepspeed(spec: FinetuneSpec, config: TrainingConfig) -> dict[str, Any]:
+    """ZeRO 0, 1 or 2: no ``bf16`` or ``fp16`` section, which would take the factors' fp32 away."""
+    try:
+        document = json.loads(spec.deepspeed_config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Rejected(
+            "deepspeed_config", f"{spec.deepspeed_config}: {error}", field="deepspeed_config"
+        ) from error
+    stage = document.get("zero_optimization", {}).get("stage", 0)
+    wrong = {"bf16", "fp16", "gradient_clipping", "optimizer", "scheduler"} & set(document)
+    if stage not in (0, 1, 2) or wrong:
+        raise Rejected(
+            "deepspeed_config",
+            f"{spec.deepspeed_config}: ZeRO stage {stage} (0 to 2 can be replayed), sections {sorted(wrong)}",
+            field="deepspeed_config",
+        )
+    return {
+        **document,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.rows_per_step // spec.num_workers,
+    }
+
+
+@contextmanager
+def _printed(storage: Storage, trajectory: str, num_steps: int) -> Iterator[None]:
+    """Print every step while the workers work: the loss curve, in the job's log."""
+    ended = threading.Event()
+    shown = read_metrics(storage, trajectory)[-1:]
+
+    def follow() -> None:
+        last = shown[0].step if shown else 0
+        is_last = False
+        while not is_last:
+            is_last = ended.wait(METRICS_EVERY_S)
+            for one in read_metrics(storage, trajectory):
+                if one.step > last:
+                    last = one.step
+                    rate = one.tokens / one.seconds
+                    print(f"step {one.step}/{num_steps} loss {one.loss:.4f} {rate:.0f} tokens/s", flush=True)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _run_workers(task: Task, spec: FinetuneSpec) -> None:
+    """Ray Train: places the workers, restarts all of them when one dies. Joins the job's cluster, or starts
+    one.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    is_gpu = torch.cuda.is_available()
+    environment = {"TOKENIZERS_PARALLELISM": "false"} | ({} if is_gpu else {"DS_ACCELERATOR": "cpu"})
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"task": task},
+        torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=spec.num_workers, use_gpu=is_gpu),
+        run_config=RunConfig(
+            name=spec.run_id,
+            storage_path=str(task.settings.home / "ray-train"),
+            failure_config=FailureConfig(max_failures=spec.max_failures),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise Unavailable("training_failed", f"{spec.run_id}: {error}"[:1000], retry_after_s=10) from error
+
+
+class Upper(nn.Module):
+    """What DeepSpeed wraps: from the first adapted block to the loss of each example."""
+
+    def __init__(self, model: PreTrainedModel, first_adapted: int) -> None:
+        super().__init__()
+        self.model = model
+        self.first_adapted = first_adapted
+
+    def forward(self, hidden: Tensor, row: RowTensors) -> Tensor:
+        return losses(self.model, self.first_adapted, hidden, row)
+
+
+def _work(given: Mapping[str, Any]) -> None:
+    """One worker's training, from the last kept step to the end."""
+    import deepspeed
+    import ray.train
+
+    task: Task = given["task"]
+    spec, config = task.spec, task.spec.config
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = str(ray.train.torch.get_device())
+    torch.set_num_threads(task.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    # Its communication back end would compile a shared-memory op with g++ for minutes; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    storage = open_storage(task.settings.storage_url, s3_endpoint=task.settings.s3_endpoint)
+    base = base_model(task.settings)
+    assert base.base_id == spec.base_id, "workers and driver read one base"
+    dtype = getattr(torch, config.compute_dtype)
+    model = load_base(base.path, dtype, config.attention).to(device)
+    first_adapted = len(model.model.layers) - config.adapted_blocks
+    trained = insert_lora(model, config, spec.seed)
+    kept = recorded_steps(storage, spec.trajectory)
+    before = read_state(storage, spec.trajectory, kept[-1]) if kept else {}
+    for name, state in before.items():
+        trained[name].data.copy_(state.value)
+    optimizer = Adam(trained.values(), config)
+    engine, *_ = deepspeed.initialize(
+        model=Upper(model, first_adapted),
+        model_parameters=list(trained.values()),
+        optimizer=optimizer,
+        config=dict(task.deepspeed),
+        dist_init_required=False,
+    )
+    _set_moments(engine, optimizer, trained, before)
+
+    rows = task.plan.rows
+    cache = LowerCache(lambda i: lower(model, first_adapted, row_tensors(rows[i], dtype, device)), KEPT_BYTES)
+    num_steps = len(task.plan.steps)
+    start = kept[-1] if kept else 0
+    metrics = [one for one in read_metrics(storage, spec.trajectory) if one.step <= start]
+    if not kept:
+        _keep(storage, spec.trajectory, 0, engine, optimizer, trained, rank)
+    written = time.monotonic()
+    for step in range(start + 1, num_steps + 1):
+        begun = time.monotonic()
+        optimizer.prepare_step(step, learning_rate(config, step, num_steps))
+        total = torch.zeros((), device=device)
+        for index in share(task.plan.steps[step - 1], rank, world_size):
+            row = row_tensors(rows[index], dtype, device)
+            weights = torch.ones(row.num_spans, device=device)
+            loss = step_loss(engine(cache(index), row), weights, task.plan.normaliser)
+            total += loss.detach()
+            # DeepSpeed averages over workers; the step is a sum over rows, wherever they are.
+            engine.backward(loss * world_size, scale_wrt_gas=False)
+            engine.step()
+        if world_size > 1:
+            torch.distributed.all_reduce(total)
+        tokens = sum(len(rows[index].ids) for index in task.plan.steps[step - 1])
+        rate = learning_rate(config, step, num_steps)
+        metrics.append(Metric(step, float(total), rate, tokens, time.monotonic() - begun))
+        is_kept = step in kept_steps(num_steps)
+        if rank == 0 and (is_kept or time.monotonic() - written > METRICS_EVERY_S):
+            write_metrics(storage, spec.trajectory, metrics)
+            written = time.monotonic()
+        if is_kept:
+            _keep(storage, spec.trajectory, step, engine, optimizer, trained, rank)
+
+
+def _set_moments(
+    engine: Any, optimizer: Adam, trained: Mapping[str, nn.Parameter], before: Mapping[str, AdamState]
+) -> None:
+    """Zero moments, or those of a kept step, wherever ZeRO keeps its part of them."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    optimizer.prepare_moments()
+    is_sharded = engine.zero_optimization_stage() > 0
+    if (
+        is_sharded
+    ):  # ZeRO links moments to parameters after the first step only; we read and write them before
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, state in before.items():
+        for key, value in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+            if is_sharded:
+                safe_set_full_optimizer_state(trained[name], value.to(trained[name].device), key)
+            else:
+                optimizer.state[trained[name]][key].copy_(value)
+
+
+def _keep(
+    storage: Storage,
+    trajectory: str,
+    step: int,
+    engine: Any,
+    optimizer: Adam,
+    trained: Mapping[str, nn.Parameter],
+    rank: int,
+) -> None:
+    """Write the whole state; every worker takes part in gathering it, the first one writes."""
+    state = {name: _whole(engine, optimizer, parameter) for name, parameter in trained.items()}
+    if rank == 0:
+        write_state(storage, trajectory, step, state)
+
+
+def _whole(engine: Any, optimizer: Adam, parameter: nn.Parameter) -> AdamState:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if engine.zero_optimization_stage() == 0:
+        moments = optimizer.state[parameter]
+        return AdamState(parameter.detach().cpu(), moments["exp_avg"].cpu(), moments["exp_avg_sq"].cpu())
+    return AdamState(
+        safe_get_full_fp32_param(parameter).cpu(),
+        safe_get_full_optimizer_state(parameter, "exp_avg").cpu(),
+        safe_get_full_optimizer_state(parameter, "exp_avg_sq").cpu(),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main("finetune", FinetuneSpec, finetune))
