@@ -12,7 +12,9 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from heapq import merge
+from itertools import groupby
 from operator import attrgetter
 
 from attribution.types import Group, Record
@@ -97,14 +99,12 @@ def group(records: Iterable[Committed]) -> Grouping:
     resembles the texts of two owners joins the earlier and moves neither. A copy of a copy still belongs to
     the first author."""
     ordered = sorted(records, key=attrgetter("place"))
-    answers = [normalise(c.record.answer) for c in ordered]
     heads: list[int] = []
     conflicts = []
-    for later, alike in enumerate(_earliest_alike(ordered, answers)):
-        same = [earlier for earlier in alike if answers[earlier] == answers[later]]
-        heads.append(heads[min(same)] if same else later)
-        if alike and not same:
-            conflicts.append(Conflict(ordered[later].record_id, ordered[min(alike)].record_id))
+    for later, (same, other) in enumerate(_earliest_alike(ordered)):
+        heads.append(later if same is None else heads[same])
+        if same is None and other is not None:
+            conflicts.append(Conflict(ordered[later].record_id, ordered[other].record_id))
     return Grouping(_groups(ordered, heads), tuple(sorted(conflicts, key=attrgetter("record_id"))))
 
 
@@ -119,48 +119,73 @@ def _groups(ordered: Sequence[Committed], heads: Sequence[int]) -> tuple[Group, 
     return tuple(sorted(groups, key=attrgetter("group_id")))
 
 
-def _earliest_alike(ordered: Sequence[Committed], answers: Sequence[str]) -> Iterator[list[int]]:
-    """For each record the earlier ones that are like it: of each question or passage only the earliest, and
-    the earliest with the same answer, so that a million equal rows cost a million steps."""
-    questions = [normalise(c.record.subject) for c in ordered]
-    passages = [normalise(c.record.text) for c in ordered]
-    distinct = list(dict.fromkeys(passages))
-    pairs = similar_sets([shingles(passage) for passage in distinct])
-    near = {distinct[n]: [distinct[other] for other in others] for n, others in pairs.items()}
-    first: dict[tuple[str, str], int] = {}
-    first_with: dict[tuple[str, str, str], int] = {}
-    for index, (question, passage, answer) in enumerate(zip(questions, passages, answers, strict=True)):
-        own = [("question", question), ("passage", passage)]
-        seen = [*own, *(("passage", other) for other in near.get(passage, ()))]
-        found = [first.get(key) for key in seen] + [first_with.get((*key, answer)) for key in seen]
-        yield [earlier for earlier in found if earlier is not None]
-        for key in own:
+def _earliest_alike(ordered: Sequence[Committed]) -> Iterator[tuple[int | None, int | None]]:
+    """For each record the earliest one before it that is alike: with the same answer, and with any.
+
+    Only the earliest counts, so a million copies or a million fillings of one template cost a million short
+    searches, not their square."""
+    answers = [normalise(one.record.answer) for one in ordered]
+    passages = [normalise(one.record.text) for one in ordered]
+    sets = {passage: shingles(passage) for passage in passages}
+    rarity = Counter(shingle for one in sets.values() for shingle in one)
+    num_voices = Counter(answer for _, answer in set(zip(passages, answers, strict=True)))
+    everyone = _Earlier({})
+    by_answer = {answer: _Earlier({}) for answer, count in num_voices.items() if count > 1}
+    first: dict[tuple[str, ...], int] = {}
+    for index, (one, passage, answer) in enumerate(zip(ordered, passages, answers, strict=True)):
+        keys = [("question", normalise(one.record.subject)), ("passage", passage)]
+        same = [first.get((*key, answer)) for key in keys]
+        other = [first.get(key) for key in keys]
+        if same[1] is None:  # nobody has said this before
+            prefix = _prefix(sets[passage], rarity)
+            shared = [shingle for shingle in sets[passage] if rarity[shingle] > 1]
+            for found, earlier in ((other, everyone), (same, by_answer.get(answer))):
+                if earlier is not None:
+                    found.append(earlier.find(sets[passage], shared, prefix))
+                    earlier.add(index, sets[passage], shared, prefix)
+        yield _least(same), _least(other)
+        for key in keys:
             first.setdefault(key, index)
-            first_with.setdefault((*key, answer), index)
+            first.setdefault((*key, answer), index)
 
 
-def similar_sets(sets: Sequence[frozenset[bytes]]) -> dict[int, list[int]]:
-    """Positions of the sets whose ``containment_ppm`` reaches ``CONTAINMENT_PPM``, both ways round."""
-    rarity = Counter(shingle for one in sets for shingle in one)
-    holders = defaultdict(list)
-    for number, one in enumerate(sets):
+def _least(found: Iterable[int | None]) -> int | None:
+    return min((one for one in found if one is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Earlier:
+    """The sets seen so far, by any of their shared shingles, and by the few that a larger set must hold."""
+
+    sets: dict[int, frozenset[bytes]]
+    by_any: defaultdict[bytes, list[int]] = field(default_factory=lambda: defaultdict(list))
+    by_prefix: defaultdict[bytes, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(
+        self, number: int, one: frozenset[bytes], shared: Sequence[bytes], prefix: Sequence[bytes]
+    ) -> None:
         if len(one) >= MIN_SHINGLES:
-            for shingle in one:
-                if rarity[shingle] > 1:
-                    holders[shingle].append(number)
-    near = defaultdict(set)
-    for number, one in enumerate(sets):
-        if len(one) >= MIN_SHINGLES:
-            for other in _candidates(one, rarity, holders):
-                if other != number and containment_ppm(one, sets[other]) >= CONTAINMENT_PPM:
-                    near[number].add(other)
-                    near[other].add(number)
-    return {number: sorted(others) for number, others in near.items()}
+            self.sets[number] = one
+            for shingle in shared:
+                self.by_any[shingle].append(number)
+            for shingle in prefix:
+                self.by_prefix[shingle].append(number)
+
+    def find(self, one: frozenset[bytes], shared: Sequence[bytes], prefix: Sequence[bytes]) -> int | None:
+        """The earliest set alike, either one held in the other."""
+        if len(one) < MIN_SHINGLES:
+            return None
+        larger = [self.by_any[shingle] for shingle in prefix if shingle in self.by_any]
+        smaller = [self.by_prefix[shingle] for shingle in shared if shingle in self.by_prefix]
+        for number, _ in groupby(merge(*larger, *smaller)):
+            if containment_ppm(one, self.sets[number]) >= CONTAINMENT_PPM:
+                return number
+        return None
 
 
-def _candidates(one: frozenset[bytes], rarity: Counter[bytes], holders: dict[bytes, list[int]]) -> set[int]:
-    """Whatever holds enough of ``one`` holds one of these: the prefix filter."""
+def _prefix(one: frozenset[bytes], rarity: Counter[bytes]) -> list[bytes]:
+    """So many of the rarest shingles that whatever holds enough of the set holds one of these; less those
+    that nobody else has."""
     rarest = sorted(one, key=lambda shingle: (rarity[shingle], shingle))
-    shared = -(-CONTAINMENT_PPM * len(one) // 1_000_000)
-    prefix = len(one) - shared + 1
-    return {other for shingle in rarest[:prefix] for other in holders.get(shingle, ())}
+    needed = -(-CONTAINMENT_PPM * len(one) // 1_000_000)
+    return [shingle for shingle in rarest[: len(one) - needed + 1] if rarity[shingle] > 1]
