@@ -19,7 +19,7 @@ from attribution.payload import (
     decode_period,
     next_head,
 )
-from attribution.payout import Payouts
+from attribution.payout import AdapterClose, Payouts
 from attribution.types import ZERO_ID, Batch, Share
 from chain.deployment import Deployment
 from chain.events import (
@@ -35,7 +35,7 @@ from chain.events import (
     Rotated,
     Withdrawn,
 )
-from chain.findings import BatchLine, Finding, PeriodLine
+from chain.findings import BatchLine, Finding, PeriodLine, Report
 from chain.payload_source import PayloadSource
 
 
@@ -77,6 +77,8 @@ class Replay:
         self._before = Earned()  # the newest period, if it is disabled
         self._leaves: dict[bytes, set[int]] = defaultdict(set)  # cumulative wei a posted root has promised
         self._claimed: dict[bytes, int] = defaultdict(int)
+        self.adapter_ids: set[bytes] = set()  # that receipts name
+        self.closes: list[tuple[int, AdapterClose]] = []  # by which period
         self.findings: list[Finding] = []
         self.batches: list[BatchLine] = []
         self.periods: list[PeriodLine] = []
@@ -117,6 +119,11 @@ class Replay:
         owed = self._earned.total_wei - sum(self._claimed.values())
         if distributor_wei < owed:
             self._find("distributor_balance", "distributor", f"at least {owed} wei", f"{distributor_wei} wei")
+
+    def report(self) -> Report:
+        """The arithmetic audit's."""
+        lines = tuple(self.batches), tuple(self.periods), tuple(self.findings)
+        return Report("arithmetic", self.checked, *lines)
 
     def _find(self, code: str, subject: str, expected: object, found: object) -> None:
         self.findings.append(Finding(code, subject, str(expected), str(found)))
@@ -183,6 +190,7 @@ class Replay:
             if receipt.request_id in self._seen:
                 self._find("receipt_twice", f"{subject}, request {receipt.request_id.hex()}", "once", "again")
             self._seen.add(receipt.request_id)
+            self.adapter_ids.add(receipt.adapter_id)
             fees = self._fees[-1]
             fees[receipt.adapter_id] = fees.get(receipt.adapter_id, 0) + receipt.fee_gwei
         self._announce(batch)
@@ -265,6 +273,7 @@ class Replay:
         self._same("period_payload", subject, self._deployment.distributor, period.distributor)
         self._adapters(subject, period)
         payouts = period.payouts()
+        self.closes += [(event.period_id, close) for close in period.adapters]
         self.checked["payouts"] += sum(len(payout.lines) for payout in payouts)
         rewards = add_payouts(self._earned.rewards, payouts)
         self._compare_rewards(subject, rewards, period.rewards)
