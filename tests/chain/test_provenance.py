@@ -6,17 +6,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine
 
 from attribution.errors import Rejected
 from attribution.hashing import sha256
 from attribution.payout import AdapterClose
 from attribution.types import ZERO_ID, Credit, Group, Manifest, ManifestEntry, Record, contributor_id
 from chain.findings import Report
+from chain.openings import openings
 from chain.provenance import Provenance, ShardOpening, audit_provenance, read_openings, write_openings
 from chain.transactions import address_of
+from cluster.contributions import Reveal, claim_of, commit, register_contributor, reveal
+from cluster.database import reading, writing
+from cluster.datanets import open_datanet
 from cluster.shards import commitment_to
 from cluster.signatures import ShardReveal, datanets_domain, digest, sign
 from cluster.storage import Storage, open_storage, put_content
+from tests import toys
 
 CHAIN_ID = 31337
 DATANET = "toys"
@@ -196,3 +202,25 @@ def test_a_line_that_opens_nothing_is_refused_by_its_number(world: World, tmp_pa
     with pytest.raises(Rejected, match="line 2") as refused:
         read_openings(tmp_path / "openings")
     assert refused.value.code == "bad_opening"
+
+
+def test_rows_give_the_openings_of_what_was_revealed(engine: Engine, storage: Storage) -> None:
+    """Committed and revealed through the gateway's functions, they open for a stranger; what is only
+    committed to is not told."""
+    domain = datanets_domain(CHAIN_ID)
+    ann = address_of(KEYS["ann"])
+    data = toys.shard_data()
+    claim = claim_of(data, toys.datanet().name, who("ann"), bytes(32))
+    with writing(engine) as session:
+        open_datanet(session, toys.datanet(), bytes(32))
+        register_contributor(session, ann, "ann")
+        commit(session, claim.datanet, who("ann"), claim.commitment, 1)
+        commit(session, claim.datanet, who("ann"), sha256(b"not revealed"), 1)
+    reveal(
+        engine, storage, Reveal(claim, bytes(32), sign(KEYS["ann"], digest(claim, domain))), data, domain, 2
+    )
+    with reading(engine) as session:
+        found = openings(session)
+    assert [opening.reveal for opening in found] == [claim]
+    report = audit_provenance(storage, found, Provenance(CHAIN_ID, frozenset(), ()))
+    assert report.is_clean and report.checked["commitments"] == 1 and report.checked["records"] > 0
