@@ -52,5 +52,5 @@ def open_world(settings: Settings) -> World:
 
 def settler_rules(settings: Settings) -> SettlerRules:
     chain = settings.chain
-    batch = BatchRules(chain.batch_max_receipts, chain.batch_max_age_s)
+    batch = BatchRules(chain.batch_max_receipts, chain.batch_max_age_s, chain.batch_max_fee_gwei)
     return SettlerRules(batch, chain.final_tag, lease_s=chain.lease_s)

@@ -72,6 +72,7 @@ class ChainSettings(Values):
     poll_s: float = 1.0
     batch_max_receipts: int = 500
     batch_max_age_s: int = 300
+    batch_max_fee_gwei: int = 10_000_000_000  # what is at stake between two settlements
     withdrawal_delay_s: int = 86_400  # longer than a batch may age
     activation_delay_s: int = 3_600  # between a posted reward root and its first claim
     lease_s: int = 15  # of the settler; a dead one is replaced after this long
