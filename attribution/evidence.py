@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from attribution.influence import float_scores, unit_rows
+from attribution.influence import float_scores
 from attribution.lexical import Lexicon, lexical_scores
 from attribution.sketch import Sketch
 from attribution.spans import Segment, Span, drop_quoted, find_spans
@@ -53,9 +53,9 @@ class Evidence:
     spans: tuple[Span, ...]
 
 
-def gradient_scores(sketch: Sketch, features: NDArray[np.int16], gradient: Tensor) -> Scores:
-    """Influence of every row on an answer with this gradient ``[parameters]``, scaled to unit length."""
-    return float_scores(sketch.floats(unit_rows(gradient[None]))[0], features)
+def gradient_scores(sketch: Sketch, features: NDArray[np.int16], direction: Tensor) -> Scores:
+    """Influence of every row on an answer with this ``attribution.influence.direction``."""
+    return float_scores(sketch.floats(direction[None])[0], features)
 
 
 def answer_spans(segment: Segment, prompt: Sequence[int], answer: Sequence[int]) -> list[Span]:

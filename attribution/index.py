@@ -4,7 +4,7 @@ Files of one index, named together by ``index_id`` (SHA-256 over the names and h
 
     index.json                                  the ``IndexCard``: what went in, and how
     features.npy                                int16 [trained + controls, sketch], attribution/influence.py
-    factors.safetensors                         the fp32 LoRA factors that answers' gradients are taken at
+    factors.safetensors                         the fp32 LoRA factors at every snapshot
     tokens.npy suffixes.npy starts.npy owners.npy   the records' segment, attribution/spans.py
 
 Rows follow the card's manifests: first all trained groups, manifest by manifest in the order of their
@@ -12,7 +12,7 @@ entries, then all controls in the same way. Opening checks every hash, so whoeve
 exactly these integers."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from attribution.codec import Encoder
 from attribution.errors import Corrupted
@@ -40,8 +41,8 @@ FORMAT = 1
 class IndexCard:
     """What went into an index, in hex and plain numbers.
 
-    ``snapshots`` are the trajectory steps whose record gradients were averaged, ``factors_step`` the one at
-    which answers' gradients are taken. ``damping`` is relative to a unit gradient's squared length."""
+    ``snapshots`` are the trajectory steps at which gradients of records and of answers are taken and
+    compared; their scores are averaged. ``damping`` is relative to a unit gradient's squared length."""
 
     adapter_id: str
     base_id: str
@@ -49,7 +50,6 @@ class IndexCard:
     num_trained: int
     num_controls: int
     snapshots: tuple[int, ...]
-    factors_step: int
     lora_scale: float
     damping: float
     wordings_per_record: int
@@ -62,7 +62,7 @@ class IndexCard:
         """One line for the statement: how credits follow from answers."""
         return (
             f"damped-fisher/1 damping={self.damping:g} checkpoints={','.join(map(str, self.snapshots))} "
-            f"query={self.factors_step} sketch={self.sketch_size}"
+            f"wordings={self.wordings_per_record} sketch={self.sketch_size}"
         )
 
 
@@ -71,19 +71,24 @@ class Index:
     index_id: bytes
     card: IndexCard
     features: NDArray[np.int16]
-    lora: Lora
+    loras: tuple[Lora, ...]  # at each of the card's snapshots
     segment: Segment
 
 
 def write_index(
-    folder: Path, card: IndexCard, features: NDArray[np.int16], lora: Lora, segment: Segment
+    folder: Path, card: IndexCard, features: NDArray[np.int16], loras: Sequence[Lora], segment: Segment
 ) -> bytes:
     """Write all files into an empty folder and return their ``index_id``."""
     assert features.dtype == np.int16
     assert features.shape == (card.num_trained + card.num_controls, card.sketch_size)
     np.save(folder / "features.npy", features, allow_pickle=False)
-    tensors = {f"{path}.{name}": getattr(lora[path], name) for path in sorted(lora) for name in ("a", "b")}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "factors.safetensors")
+    tensors = {
+        f"{step}/{path}.{name}": getattr(lora[path], name).clone()
+        for step, lora in zip(card.snapshots, loras, strict=True)
+        for path in sorted(lora)
+        for name in ("a", "b")
+    }
+    save_file(tensors, folder / "factors.safetensors")
     save_segment(segment, folder)
     text = json.dumps(asdict(card), indent=1, sort_keys=True) + "\n"
     (folder / "index.json").write_text(text, encoding="utf-8")
@@ -108,15 +113,20 @@ def open_index(locate: Callable[[str], Path], index_id: bytes) -> Index:
     if features.shape != expected or features.dtype != np.int16:
         raise Corrupted("index_features", f"{features.dtype} {features.shape}, expected int16 {expected}")
     tensors = load_file(files["factors.safetensors"])
-    paths = sorted({name.rpartition(".")[0] for name in tensors})
-    lora = {path: Factors(tensors[f"{path}.a"], tensors[f"{path}.b"], card.lora_scale) for path in paths}
-    return Index(index_id, card, features, lora, open_segment(locate))
+    loras = tuple(_lora(tensors, f"{step}/", card.lora_scale) for step in card.snapshots)
+    return Index(index_id, card, features, loras, open_segment(locate))
 
 
 def index_id_of(files: Mapping[str, Path]) -> bytes:
     e = Encoder("openledger/index/1")
     e.each(sorted(files), lambda enc, name: enc.text(name).id32(sha256(files[name].read_bytes())))
     return sha256(e.finish())
+
+
+def _lora(tensors: Mapping[str, Tensor], prefix: str, scale: float) -> Lora:
+    paths = sorted({name.rpartition(".")[0] for name in tensors if name.startswith(prefix)})
+    pairs = {path: Factors(tensors[f"{path}.a"], tensors[f"{path}.b"], scale) for path in paths}
+    return {path.removeprefix(prefix): factors for path, factors in pairs.items()}
 
 
 def _read_card(path: Path) -> IndexCard:

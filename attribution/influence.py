@@ -16,12 +16,49 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from attribution.errors import Corrupted
+from attribution.fixed_point import add_weighted, to_fixed_point
+from attribution.gradients import Example, Lora, answer_gradients, batches, num_parameters
 from attribution.sketch import Sketch, exact_dots
 
 FEATURE_BITS = 14  # features are at most of unit length: int16 multiples of 2^-14
+
+
+MAX_BATCH_TOKENS = 768
+
+
+def sketched_gradients(model: nn.Module, lora: Lora, examples: Sequence[Example], sketch: Sketch) -> Tensor:
+    """Each example's gradient, sketched, in the order given: ``[examples, size]``. Batched by length, so for
+    features only; money takes its answers one at a time."""
+    rows = torch.empty(len(examples), sketch.size)
+    for batch in batches(examples, MAX_BATCH_TOKENS):
+        rows[batch] = sketch.floats(answer_gradients(model, lora, [examples[i] for i in batch]))
+    return rows
+
+
+def weighted_query_sum(
+    model: nn.Module, loras: Sequence[Lora], weighted: Sequence[tuple[Example, int]], bits: int
+) -> Tensor:
+    """Integer sum of the directions of answers, each times its fee in gwei: int64 ``[snapshots *
+    parameters]``.
+
+    One answer at a time, so that no answer's rounding depends on which others were paid for."""
+    total = torch.zeros(num_entries(loras), dtype=torch.int64)
+    for example, fee_gwei in weighted:
+        add_weighted(total, to_fixed_point(direction(model, loras, example), bits), fee_gwei)
+    return total
+
+
+def direction(model: nn.Module, loras: Sequence[Lora], example: Example) -> Tensor:
+    """An answer's gradients at all snapshots, each scaled to unit length, one after the other: one vector,
+    whose dot product with a record's is the sum over snapshots."""
+    return torch.cat([unit_rows(answer_gradients(model, lora, [example]))[0] for lora in loras])
+
+
+def num_entries(loras: Sequence[Lora]) -> int:
+    return sum(num_parameters(lora) for lora in loras)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +75,25 @@ def preconditioned(snapshot: Snapshot, damping: float) -> Tensor:
     """``lambda (F + lambda)^-1 g`` for every trained record, then for every control, at one checkpoint.
 
     Rows are scaled to unit length first, so a loud record is not worth more than a quiet one and trained
-    and never-trained records are comparable; ``lambda = damping`` in units of a row's squared length.
-    Controls are no part of ``F``. In dual form:
-    ``lambda (K + lambda)^-1 G`` and ``c - c G^T (K + lambda)^-1 G``."""
+    and never-trained records are comparable; ``lambda = damping`` in units of a row's squared length. In dual
+    form, trained rows are ``lambda (K + lambda)^-1 G``. A control is scored as if it had been trained on,
+    each on its own, or the null would be louder than what it is compared with: with
+    ``n = c - c G^T (K + lambda)^-1 G``, Sherman and Morrison give ``n / (1 + n c / lambda)``."""
     trained, controls = unit_rows(snapshot.trained), unit_rows(snapshot.controls)
     gram = (trained @ trained.T).double()
     damped = gram + damping * torch.eye(len(gram), dtype=torch.float64)
     own = damping * torch.linalg.solve(damped, trained.double())
     cross = (controls @ trained.T).double()
     null = controls.double() - torch.linalg.solve(damped, cross.T).T @ trained.double()
-    return torch.cat([own, null]).float()
+    alike = null / (1 + (null * controls.double()).sum(dim=1, keepdim=True) / damping)
+    return torch.cat([own, alike]).float()
 
 
 def averaged_features(snapshots: Sequence[Snapshot], damping: float) -> NDArray[np.int16]:
-    """Mean of the preconditioned rows over checkpoints, quantised: int16 ``[trained + controls, size]``."""
+    """Preconditioned rows of every snapshot, sketched each by its own part, averaged and quantised: int16
+    ``[trained + controls, size]``."""
     assert snapshots and damping > 0
-    mean = torch.stack([preconditioned(snapshot, damping) for snapshot in snapshots]).mean(dim=0)
-    return quantised(mean)
+    return quantised(torch.stack([preconditioned(one, damping) for one in snapshots]).mean(dim=0))
 
 
 def quantised(rows: Tensor) -> NDArray[np.int16]:

@@ -24,6 +24,10 @@ class Sketch:
     bucket: Tensor
     sign: Tensor
 
+    def part(self, start: int, end: int) -> "Sketch":
+        """The sketch of parameters ``[start, end)`` alone: sketches of parts add up to that of the whole."""
+        return Sketch(self.size, self.bucket[start:end], self.sign[start:end])
+
     def floats(self, rows: Tensor) -> Tensor:
         """``[rows, parameters]`` to ``[rows, size]``, float32."""
         out = torch.zeros(len(rows), self.size)

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -20,9 +19,9 @@ import rlp
 from attribution.errors import Rejected, Unavailable
 from attribution.hashing import keccak256
 from chain.artifact import FOLDER
+from chain.fees import L1_BLOCK, FeeParameters
 
 GAS_PRICE_ORACLE = bytes.fromhex("420000000000000000000000000000000000000f")
-L1_BLOCK = bytes.fromhex("4200000000000000000000000000000000000015")
 BRIDGE = bytes.fromhex("deaddeaddeaddeaddeaddeaddeaddeaddead0001")  # OP's L1 attributes depositor
 DEPOSIT_TYPE = b"\x7e"
 DEPOSIT_GAS = 100_000
@@ -31,17 +30,15 @@ STATE_INTERVAL_S = 5  # what a killed node forgets at most
 START_TIMEOUT_S = 20
 
 
-@dataclass(frozen=True, slots=True)
-class L1Costs:
-    """What L1Block says. Defaults: OP mainnet's scalars, L1 at 0.5 gwei, blobs at 0.01 gwei, no operator
-    fee."""
-
-    base_fee_wei: int = 500_000_000
-    blob_base_fee_wei: int = 10_000_000
-    base_fee_scalar: int = 5_227
-    blob_base_fee_scalar: int = 1_014_213
-    operator_fee_scalar: int = 0
-    operator_fee_constant_wei: int = 0
+# OP mainnet's scalars, L1 at 0.5 gwei, blobs at 0.01 gwei, no operator fee.
+LAPTOP_FEES = FeeParameters(
+    base_fee_wei=500_000_000,
+    blob_base_fee_wei=10_000_000,
+    base_fee_scalar=5_227,
+    blob_base_fee_scalar=1_014_213,
+    operator_fee_scalar=0,
+    operator_fee_constant_wei=0,
+)
 
 
 def command(anvil: Path, port: int, chain_id: int, state: Path | None = None) -> list[str]:
@@ -57,23 +54,34 @@ def command(anvil: Path, port: int, chain_id: int, state: Path | None = None) ->
 def answers(rpc_url: str) -> bool:
     """Is there a node?"""
     try:
-        return bool(_rpc(rpc_url, "eth_chainId"))
+        return bool(ask(rpc_url, "eth_chainId"))
     except Unavailable:
         return False
 
 
-def prepare(rpc_url: str, costs: L1Costs | None = None) -> None:
-    """Install the predeploys and set L1 costs. Idempotent; a chain that was reloaded has them already."""
-    costs = costs or L1Costs()
+def ask(rpc_url: str, method: str, *params: object) -> object:
+    """One JSON-RPC question to a local node, its development methods included."""
+    question = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+    try:
+        answer = httpx.post(rpc_url, json=question, timeout=10.0).json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise Unavailable("chain_unavailable", f"{method}: no answer from {rpc_url}: {error}") from error
+    if "error" in answer:
+        raise Rejected("refused_by_node", f"{method}: {answer['error'].get('message')}", field=method)
+    return answer["result"]
+
+
+def prepare(rpc_url: str, fees: FeeParameters = LAPTOP_FEES) -> None:
+    """Install the predeploys and say what L1 fees. Idempotent."""
     predeploys = json.loads((FOLDER / "predeploys.json").read_text(encoding="utf-8"))
-    _rpc(rpc_url, "anvil_setCode", _hex(GAS_PRICE_ORACLE), predeploys["GasPriceOracle"])
-    _rpc(rpc_url, "anvil_setCode", _hex(L1_BLOCK), predeploys["L1Block"])
+    ask(rpc_url, "anvil_setCode", _hex(GAS_PRICE_ORACLE), predeploys["GasPriceOracle"])
+    ask(rpc_url, "anvil_setCode", _hex(L1_BLOCK), predeploys["L1Block"])
     _store(rpc_url, GAS_PRICE_ORACLE, 0, 0x010101)  # isEcotone, isFjord, isIsthmus
-    _store(rpc_url, L1_BLOCK, 1, costs.base_fee_wei)
-    _store(rpc_url, L1_BLOCK, 3, costs.base_fee_scalar << 96 | costs.blob_base_fee_scalar << 64)
-    _store(rpc_url, L1_BLOCK, 7, costs.blob_base_fee_wei)
-    _store(rpc_url, L1_BLOCK, 8, costs.operator_fee_scalar << 64 | costs.operator_fee_constant_wei)
-    _rpc(rpc_url, "anvil_setBalance", "0x" + "00" * 20, hex(ENOUGH_WEI))
+    _store(rpc_url, L1_BLOCK, 1, fees.base_fee_wei)
+    _store(rpc_url, L1_BLOCK, 3, fees.base_fee_scalar << 96 | fees.blob_base_fee_scalar << 64)
+    _store(rpc_url, L1_BLOCK, 7, fees.blob_base_fee_wei)
+    _store(rpc_url, L1_BLOCK, 8, fees.operator_fee_scalar << 64 | fees.operator_fee_constant_wei)
+    ask(rpc_url, "anvil_setBalance", "0x" + "00" * 20, hex(ENOUGH_WEI))
 
 
 def bridge(rpc_url: str, to: bytes, amount_wei: int) -> bytes:
@@ -84,7 +92,7 @@ def bridge(rpc_url: str, to: bytes, amount_wei: int) -> bytes:
     source = secrets.token_bytes(32)  # of L1's log in real life; here it only has to differ
     fields = [source, BRIDGE, to, amount_wei, amount_wei, DEPOSIT_GAS, b"", b""]
     raw = DEPOSIT_TYPE + bytes(rlp.encode(fields))
-    _rpc(rpc_url, "eth_sendRawTransaction", _hex(raw))
+    ask(rpc_url, "eth_sendRawTransaction", _hex(raw))
     return keccak256(raw)
 
 
@@ -106,8 +114,8 @@ def running(anvil: Path, *, chain_id: int = 31337, state: Path | None = None, po
 def mine(rpc_url: str, seconds: int = 0) -> None:
     """Mine one block, ``seconds`` of chain time after the last."""
     if seconds:
-        _rpc(rpc_url, "evm_increaseTime", seconds)
-    _rpc(rpc_url, "evm_mine")
+        ask(rpc_url, "evm_increaseTime", seconds)
+    ask(rpc_url, "evm_mine")
 
 
 def _wait(process: "subprocess.Popen[bytes]", rpc_url: str) -> None:
@@ -126,18 +134,7 @@ def _free_port() -> int:
 
 
 def _store(rpc_url: str, address: bytes, slot: int, value: int) -> None:
-    _rpc(rpc_url, "anvil_setStorageAt", _hex(address), hex(slot), _hex(value.to_bytes(32, "big")))
-
-
-def _rpc(rpc_url: str, method: str, *params: object) -> object:
-    question = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
-    try:
-        answer = httpx.post(rpc_url, json=question, timeout=10.0).json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise Unavailable("chain_unavailable", f"{method}: no answer from {rpc_url}: {error}") from error
-    if "error" in answer:
-        raise Rejected("refused_by_node", f"{method}: {answer['error'].get('message')}", field=method)
-    return answer["result"]
+    ask(rpc_url, "anvil_setStorageAt", _hex(address), hex(slot), _hex(value.to_bytes(32, "big")))
 
 
 def _hex(value: bytes) -> str:

@@ -89,14 +89,14 @@ def mark_mined(session: Session, winner: Version, block: int, gas_used: int) -> 
 
 
 def mark_final(session: Session, winner: Version, versions: Sequence[Version], now: int) -> None:
-    """The end: nothing takes it back. A final batch's fees have left the escrow."""
+    """The end: nothing takes it back. A final batch has moved its fees from escrow to distributor."""
     _set_state(session, versions, "replaced")
     _set_state(session, [winner], "final")
     move_target(session, winner.purpose, "final")
     kind, number = target(winner.purpose)
     if kind == "batch":
         fee_gwei = session.get_one(BatchRow, number).fee_gwei
-        entries = (ledger.Entry(ledger.FEES, -fee_gwei), ledger.Entry(ledger.ESCROW, fee_gwei))
+        entries = (ledger.Entry(ledger.ESCROW, fee_gwei), ledger.Entry(ledger.DISTRIBUTOR, -fee_gwei))
         ledger.post(session, f"settle:{number}", entries, winner.purpose, now)
 
 

@@ -17,6 +17,7 @@ from eth_typing import ChecksumAddress
 from web3 import HTTPProvider, Web3
 from web3.contract import Contract
 from web3.exceptions import ContractLogicError, TransactionNotFound, Web3Exception, Web3RPCError
+from web3.middleware import AttributeDictMiddleware
 
 from attribution.errors import Corrupted, Rejected, Unavailable
 from attribution.hashing import keccak256
@@ -25,8 +26,10 @@ from attribution.types import Capture
 from chain.artifact import load_artifact
 from chain.deployment import Deployment
 from chain.events import Event, Position
-from chain.structs import BatchHeader, ClaimCall, PayerState, PeriodHeader, PeriodState, SpendCeiling
+from chain.fees import L1_BLOCK, FeeParameters
+from chain.structs import BatchHeader, ClaimCall, PayerState, PeriodHeader, PeriodState
 from chain.transactions import Call, Fees, MinedTransaction, tx_hash
+from cluster.signatures import SpendCeiling
 
 T = TypeVar("T")
 Tag = Literal["latest", "safe", "finalized"] | int
@@ -62,7 +65,8 @@ class Rollup:
         provider = HTTPProvider(
             rpc_url, request_kwargs={"timeout": TIMEOUT_S}, exception_retry_configuration=None
         )
-        self._w3 = Web3(provider)
+        # Without web3's middleware for chain ids and names, which would double the questions to the node.
+        self._w3 = Web3(provider, middleware=[(AttributeDictMiddleware, "attrdict")])
         self._contracts: dict[str, Contract] = {
             name: self._w3.eth.contract(
                 Web3.to_checksum_address(getattr(addresses, name)), abi=load_artifact(artifact).abi
@@ -103,6 +107,18 @@ class Rollup:
         base = _ask(lambda: int(self._w3.eth.get_block("latest")["baseFeePerGas"]))
         tip = max(MIN_TIP_WEI, _ask(lambda: int(self._w3.eth.max_priority_fee)))
         return Fees(tip, 2 * base + tip)
+
+    def fee_parameters(self, tag: Tag = "latest") -> FeeParameters:
+        """For ``chain.fees``, from the L1Block predeploy's storage (Isthmus layout)."""
+        scalars, operator = (self.storage(L1_BLOCK, slot, tag) for slot in (3, 8))
+        return FeeParameters(
+            base_fee_wei=self.storage(L1_BLOCK, 1, tag),
+            blob_base_fee_wei=self.storage(L1_BLOCK, 7, tag),
+            base_fee_scalar=scalars >> 96 & 0xFFFFFFFF,
+            blob_base_fee_scalar=scalars >> 64 & 0xFFFFFFFF,
+            operator_fee_scalar=operator >> 64 & 0xFFFFFFFF,
+            operator_fee_constant_wei=operator & 0xFFFFFFFFFFFFFFFF,
+        )
 
     def estimate_gas(self, sender: bytes, call: Call) -> int:
         """``Rejected("reverted")`` if the call would fail now."""

@@ -20,11 +20,12 @@ from chain import outbox
 from chain.courier import Courier
 from chain.deposits import DepositWatch
 from chain.events import BatchCommitted, PeriodPosted
-from chain.structs import BatchHeader, PeriodHeader, SpendCeiling
+from chain.structs import BatchHeader, PeriodHeader
 from chain.term import Term
 from chain.world import SettlerRules, World
 from cluster import receipts
 from cluster.database import reading
+from cluster.signatures import SpendCeiling
 from cluster.tables import BatchRow, PayerRow, PeriodRow
 
 

@@ -28,16 +28,6 @@ class PeriodHeader:
 
 
 @dataclass(frozen=True, slots=True)
-class SpendCeiling:
-    """What a payer signs; ``operator`` is the ledger. Typed data: cluster/signatures.py."""
-
-    payer: bytes
-    operator: bytes
-    cumulative_max_wei: int
-    expiry: int
-
-
-@dataclass(frozen=True, slots=True)
 class PayerState:
     """One payer's escrow. Cumulative captures never exceed ``min(deposited_wei, ceiling_wei)``."""
 

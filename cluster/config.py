@@ -55,6 +55,7 @@ class RaySettings(Values):
     num_cpus: int = 0  # 0 means what the machine has
     object_store_bytes: int = 300_000_000
     start_timeout_s: int = 180
+    environment: dict[str, str] = {}  # for every Ray process we start; visible to all, so no secrets
 
 
 class ChainSettings(Values):
@@ -101,10 +102,13 @@ class EngineSettings(Values):
     """The serving engine of one replica."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bf16 where the hardware multiplies it
     num_replicas: int = 1
-    adapter_slots: int = 8
-    max_batch_tokens: int = 2_048
+    num_threads: int = 0  # 0: all cores
+    num_cpus: float = 0.5  # what Ray reckons one engine as; the laptop's two cores serve and train in turn
+    kv_bytes: int = 536_870_912  # keys and values
+    adapter_bytes: int = 536_870_912  # loaded adapters; one may take a quarter of it
+    max_batch_tokens: int = 512  # of one step: bounds how long a prompt delays everybody's next token
     max_running: int = 16
     max_waiting: int = 64
     max_context_tokens: int = 2_048

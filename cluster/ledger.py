@@ -1,7 +1,9 @@
 """Double entry: every posting's entries sum to zero, hence so do all; nothing is ever changed or deleted.
 
-A positive balance is money that stands to an account's name. The accounts: ``escrow`` (minus what payers
-deposited), ``payer:<address>`` (free), ``payer:<address>:reserved``, ``fees`` (captured, not yet settled)."""
+A positive balance is money that stands to an account's name. The accounts: ``payer:<address>`` (free),
+``payer:<address>:reserved``, ``fees`` (of receipts, not yet paid out by a period), ``earned:<contributor>``;
+and, negative, where the money lies: ``escrow`` and ``distributor``, each minus what that contract holds of
+it as of the last final batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from cluster.database import insert_new
 from cluster.tables import LedgerEntryRow
 
 ESCROW = "escrow"
+DISTRIBUTOR = "distributor"
 FEES = "fees"
 
 
@@ -46,8 +49,8 @@ def post(session: Session, posting: str, entries: Sequence[Entry], ref: str, now
         {"posting": posting, "ledger_account": account, "amount_gwei": amount, "ref": ref, "created_at": now}
         for account, amount in sorted(amounts.items())
     ]
-    if not rows or insert_new(session, LedgerEntryRow, *rows) == len(rows):
-        return
+    if rows:
+        insert_new(session, LedgerEntryRow, *rows)
     query = select(LedgerEntryRow.ledger_account, LedgerEntryRow.amount_gwei)
     found = {
         entry.ledger_account: entry.amount_gwei

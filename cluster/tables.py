@@ -281,7 +281,7 @@ class TransactionRow(Row):
     nonce: Mapped[int]
     raw: Mapped[bytes]
     term: Mapped[int]
-    state: Mapped[str]  # signed, sent, mined, final, replaced
+    state: Mapped[str]  # signed, sent, mined, final, replaced, reverted: see chain/journal.py
     block: Mapped[int] = mapped_column(default=0)
     gas_used: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[int]

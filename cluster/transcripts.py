@@ -32,6 +32,11 @@ class Transcript:
     answer_text: str
 
 
+def key_path(home: Path) -> Path:
+    """Where the gateway that seals and the jobs that open find the one key."""
+    return home / "transcripts.key"
+
+
 def load_key(path: Path) -> bytes:
     """The key of this platform (32 bytes); made at the first call, readable by this user alone."""
     path.parent.mkdir(parents=True, exist_ok=True)

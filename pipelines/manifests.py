@@ -35,14 +35,19 @@ def is_control(record_id: bytes, control_ppm: int) -> bool:
 
 
 def seal(
-    datanet: Datanet, grouping: Grouping, records: Mapping[bytes, Record], policy: SealPolicy
+    datanet: Datanet,
+    grouping: Grouping,
+    records: Mapping[bytes, Record],
+    policy: SealPolicy,
+    withdrawn: frozenset[bytes] = frozenset(),
 ) -> Manifest:
     """The same groups and the same policy give the same bytes. Conflicts are neither trained on nor controls.
 
     Args:
-        records: by id; the firsts of all groups at least."""
-    open_conflicts = {conflict.record_id for conflict in grouping.conflicts}
-    groups = [group for group in grouping.groups if group.group_id not in open_conflicts]
+        records: by id; the firsts of all groups at least.
+        withdrawn: record ids. Their groups are left out: nobody inherits a withdrawn record."""
+    barred = withdrawn | {conflict.record_id for conflict in grouping.conflicts}
+    groups = [group for group in grouping.groups if group.group_id not in barred]
     controls = [group.group_id for group in groups if is_control(group.group_id, policy.control_ppm)]
     trained = [group for group in groups if not is_control(group.group_id, policy.control_ppm)]
     trained = sorted(trained, key=lambda group: lot("train", group.group_id))[: policy.max_groups]

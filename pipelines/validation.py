@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import py3langid.langid
+from pydantic_core import from_json
 
 from attribution.types import Record, Rejection, Shard
 from cluster.datanets import Rules
@@ -62,10 +63,14 @@ def _parse(line: bytes, rules: Rules) -> dict[str, str]:
     if len(line) > rules.max_line_bytes:
         raise _Refused("line_too_long", "", f"{len(line)} bytes, limit {rules.max_line_bytes}")
     try:
-        found = json.loads(line.decode("utf-8"), object_pairs_hook=_pairs)
+        text = line.decode("utf-8")
+        from_json(
+            line
+        )  # limits nesting; the json module overflows the stack where a library lifted its limit
+        found = json.loads(text, object_pairs_hook=_pairs)
     except UnicodeDecodeError as error:
         raise _Refused("not_utf8", "", f"byte {error.start}: {error.reason}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _Refused("not_json", "", str(error)[:200]) from error
     if not isinstance(found, dict):
         raise _Refused("not_an_object", "", f"a row is an object, found {type(found).__name__}")

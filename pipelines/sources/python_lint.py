@@ -55,7 +55,7 @@ def drafts() -> tuple[ShardDraft, ...]:
                 "text": text,
                 "source": "ruff",
                 "source_version": release,
-                "source_key": f"ruff:{rule['code']}",
+                "source_key": f"ruff:{rule['code'] or rule['name']}",
                 "licence": "MIT",
             }
             rows[str(rule["linter"] or "Ruff-specific rules")].append(row)

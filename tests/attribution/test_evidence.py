@@ -26,7 +26,7 @@ def test_gradient_evidence_names_the_record_the_answer_follows() -> None:
     sketch = make_sketch(3000, 1024, seed=0)
     features = averaged_features([Snapshot(sketch.floats(gradients[:8]), sketch.floats(gradients[8:]))], 1.0)
     for record in range(8):
-        assert gradient_scores(sketch, features, 100 * gradients[record]).argmax() == record
+        assert gradient_scores(sketch, features, gradients[record]).argmax() == record
 
 
 def test_fusion_sums_standard_scores_and_lists_its_parts() -> None:

@@ -16,7 +16,6 @@ CARD = IndexCard(
     num_trained=2,
     num_controls=1,
     snapshots=(4, 8),
-    factors_step=8,
     lora_scale=2.0,
     damping=1.0,
     wordings_per_record=1,
@@ -28,8 +27,9 @@ CARD = IndexCard(
 def written(folder: Path, lora: dict[str, Factors]) -> bytes:
     folder.mkdir()
     features = np.arange(48, dtype=np.int16).reshape(3, 16)
+    other = {path: Factors(factors.a + 1, factors.b, factors.scale) for path, factors in lora.items()}
     segment = build_segment([(0, [1, 2, 3]), (1, [4, 5, 6])], vocab_size=97)
-    return write_index(folder, CARD, features, lora, segment)
+    return write_index(folder, CARD, features, [lora, other], segment)
 
 
 def opened(folder: Path, index_id: bytes) -> Index:
@@ -40,10 +40,11 @@ def test_open_inverts_write(tmp_path: Path, toy_lora: dict[str, Factors]) -> Non
     index = opened(tmp_path / "i", written(tmp_path / "i", toy_lora))
     assert index.card == CARD
     assert index.features.tolist() == np.arange(48).reshape(3, 16).tolist()
-    assert sorted(index.lora) == sorted(toy_lora)
+    first, second = index.loras
+    assert sorted(first) == sorted(second) == sorted(toy_lora)
     for path, factors in toy_lora.items():
-        assert index.lora[path].a.equal(factors.a) and index.lora[path].b.equal(factors.b)
-        assert index.lora[path].scale == CARD.lora_scale
+        assert first[path].a.equal(factors.a) and first[path].b.equal(factors.b)
+        assert second[path].a.equal(factors.a + 1) and second[path].scale == CARD.lora_scale
     assert find_spans(index.segment, [4, 5, 6], min_tokens=3, min_bits=0.0)[0].records == (1,)
 
 

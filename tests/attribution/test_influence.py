@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from attribution.errors import Corrupted, Rejected
 from attribution.fixed_point import MAX_TOTAL_GWEI, add_weighted, fraction_bits, to_fixed_point
+from attribution.gradients import Example, Factors, num_parameters
 from attribution.influence import (
     FEATURE_BITS,
     Snapshot,
@@ -14,7 +15,9 @@ from attribution.influence import (
     integer_credits,
     preconditioned,
     quantised,
+    sketched_gradients,
     unit_rows,
+    weighted_query_sum,
 )
 from attribution.sketch import exact_dots, make_sketch
 
@@ -25,13 +28,25 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("damping", [0.1, 1.0, 10.0])
 def test_dual_form_equals_the_inverse_of_the_whole_fisher(damping: float) -> None:
-    """Trained records and controls alike: the same as inverting the full matrix."""
+    """The same as inverting the full matrix; for a control, that of all records and itself."""
     snapshot = Snapshot(random(6, 20), random(3, 20, seed=1))
-    g = unit_rows(snapshot.trained).double()
-    both = torch.cat([g, unit_rows(snapshot.controls).double()])
-    inverse = torch.linalg.inv(g.T @ g + damping * torch.eye(20, dtype=torch.float64))
-    expected = damping * both @ inverse
+    g, controls = unit_rows(snapshot.trained).double(), unit_rows(snapshot.controls).double()
+    damped = g.T @ g + damping * torch.eye(20, dtype=torch.float64)
+    expected = damping * torch.cat(
+        [
+            g @ torch.linalg.inv(damped),
+            *(c[None] @ torch.linalg.inv(damped + c[:, None] * c) for c in controls),
+        ]
+    )
     torch.testing.assert_close(preconditioned(snapshot, damping).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_controls_score_like_records_that_no_answer_is_about() -> None:
+    """The null is neither louder nor quieter than what it stands for."""
+    everything = random(400, 2000) + 0.5 * random(2000, seed=1)
+    features = preconditioned(Snapshot(everything[:200], everything[200:300]), 0.3)
+    scores = (features @ unit_rows(everything[300:]).T).abs().mean(dim=1)
+    assert 0.9 < scores[200:].mean() / scores[:200].mean() < 1.1
 
 
 def test_great_damping_is_a_plain_dot_product() -> None:
@@ -115,6 +130,31 @@ def test_an_answer_counts_by_its_fee_and_not_by_its_loudness() -> None:
 def test_a_gradient_that_is_not_finite_is_refused() -> None:
     with pytest.raises(Corrupted, match="norm inf"):
         to_fixed_point(torch.tensor([1.0, float("inf")]), 20)
+
+
+def test_an_answer_points_the_same_way_at_every_snapshot_it_is_summed_over(
+    toy_model: torch.nn.Module, toy_lora: dict[str, Factors]
+) -> None:
+    """Two snapshots are one long vector; its parts have equal length, and sketches of parts add up."""
+    other = {path: Factors(factors.a, -factors.b, factors.scale) for path, factors in toy_lora.items()}
+    example, bits = Example((1, 2, 3), (4, 5)), 20
+    total = weighted_query_sum(toy_model, [toy_lora, other], [(example, 7)], bits)
+    size = len(total) // 2
+    assert total[:size].double().norm().item() == pytest.approx(7 * 2**bits / 2**0.5, rel=1e-3)
+    assert total[size:].double().norm().item() == pytest.approx(7 * 2**bits / 2**0.5, rel=1e-3)
+    sketch = make_sketch(2 * size, 64, seed=0)
+    parts = sketch.part(0, size).integers(total[:size]) + sketch.part(size, 2 * size).integers(total[size:])
+    assert torch.equal(sketch.integers(total), parts)
+
+
+def test_batched_features_equal_those_taken_one_at_a_time(
+    toy_model: torch.nn.Module, toy_lora: dict[str, Factors]
+) -> None:
+    examples = [Example((1, 2, 3), (4, 5)), Example((9,), (8, 7, 6)), Example((5, 5, 5, 5), (1,))]
+    sketch = make_sketch(num_parameters(toy_lora), 128, seed=0)
+    together = sketched_gradients(toy_model, toy_lora, examples, sketch)
+    alone = torch.cat([sketched_gradients(toy_model, toy_lora, [one], sketch) for one in examples])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_sketch_keeps_dot_products_and_is_linear() -> None:

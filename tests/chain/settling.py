@@ -4,12 +4,16 @@ follows.
 Everything is real: the chain, the signer's socket, the stand-in's HTTP, the rows. ``Books`` plays the
 gateway (it makes receipts) and the closing job (it makes periods)."""
 
+import shutil
+import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import httpx
 from sqlalchemy import Engine, select
 
 from attribution.hashing import keccak256, sha256
@@ -32,9 +36,10 @@ from chain.world import SettlerRules, World
 from cluster.accounts import open_account, record_ceiling
 from cluster.charges import ReceiptDraft, capture, reserve
 from cluster.database import connect, migrate, reading, writing
+from cluster.receipts import outbox
 from cluster.signatures import SpendCeiling
 from cluster.storage import open_storage
-from cluster.tables import BatchRow, PeriodRow
+from cluster.tables import AccountRow, BatchRow, PeriodRow
 from tests.chain.stage import FAR, Stage, address, key
 
 NOW = 1_700_000_000
@@ -45,6 +50,8 @@ CALLS = {
     "distributor": ("postPeriod((uint64,bytes32,uint256,uint64,uint64,bytes32,bytes32),bytes)",),
     "escrow": ("authorize((address,address,uint256,uint64),bytes)",),
 }
+CREDITS = {"alice": 5, "carol": 7, "stranger": -2}
+MAX_TICKS = 60
 AT_ONCE = SettlerRules(BatchRules(max_age_s=0), "latest", resubmit_s=30)
 
 
@@ -72,6 +79,24 @@ class Site:
             type(self.stage.rollup)(self.stage.rpc_url, self.stage.deployment),
             signer.SignerClient(self.socket),
         )
+
+    def save_rows(self, file: Path) -> None:
+        with (
+            closing(sqlite3.connect(self.folder / "rows.db")) as rows,
+            closing(sqlite3.connect(file)) as copy,
+        ):
+            rows.backup(copy)
+
+    def restore_rows(self, file: Path) -> None:
+        for stale in self.folder.glob("rows.db*"):
+            stale.unlink()
+        shutil.copy(file, self.folder / "rows.db")
+
+    def rpc(self, method: str, *params: object) -> Any:
+        question = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        answer = httpx.post(self.stage.rpc_url, json=question).json()
+        assert "error" not in answer, answer
+        return answer["result"]
 
     def settler(self, holder: str = "one", rules: SettlerRules = AT_ONCE) -> Settler:
         return Settler(self.open(), rules, holder)
@@ -102,6 +127,33 @@ def site(stage: Stage, folder: Path) -> Iterator[Site]:
             thread.join()
 
 
+@contextmanager
+def paid_site(stage: Stage, folder: Path) -> Iterator[Site]:
+    """Alice and Bob have paid in and have asked three questions each; nothing is settled. ``paid.db`` has the
+    rows."""
+    with site(stage, folder) as here:
+        books = Books(here)
+        books.open_payer("alice", 1000, 900)
+        books.open_payer("bob", 500, 500)
+        here.settler().tick()
+        for i in range(6):
+            books.serve("alice" if i % 2 else "bob", 10 + i, f"question {i}")
+        here.save_rows(folder / "paid.db")
+        yield here
+
+
+@contextmanager
+def rewound(here: Site, rows: Path) -> Iterator[None]:
+    """Chain and rows as they were when ``rows`` was saved; the chain is taken back again at the end."""
+    here.restore_rows(rows)
+    snapshot = here.rpc("evm_snapshot")
+    try:
+        yield
+    finally:
+        here.rpc("evm_setAutomine", True)
+        here.rpc("evm_revert", snapshot)
+
+
 class Books:
     """The gateway's and the closing job's part."""
 
@@ -109,7 +161,8 @@ class Books:
         self._site = here
         self._rows: Engine = connect(here.database_url)
         self._storage = open_storage(f"file:{here.folder}/storage")
-        self._accounts: dict[str, str] = {}
+        with reading(self._rows) as session:
+            self._accounts = {row.label: row.account_id for row in session.scalars(select(AccountRow))}
 
     def open_payer(self, name: str, deposit_gwei: int, ceiling_gwei: int) -> None:
         """Deposits on chain; signs a ceiling that only the rows know yet."""
@@ -130,8 +183,14 @@ class Books:
             reserve(session, self._accounts[name], request_id, fee_gwei, None, request_id, 60, NOW)
             return capture(session, request_id, draft, NOW).receipt_id
 
-    def close_period(self, credits: dict[str, int]) -> PeriodPayload | None:
-        """Close all final batches that no period has, as the closing job does. None if there are none."""
+    def close_period(self, credits: dict[str, int]) -> None:
+        """Close all final batches that no period has, as the closing job does."""
+        period = self.next_period(credits)
+        if period is not None:
+            self.post(period)
+
+    def next_period(self, credits: dict[str, int]) -> PeriodPayload | None:
+        """None if no batch waits for one."""
         with reading(self._rows) as session:
             last = session.scalars(select(PeriodRow).order_by(PeriodRow.period_id.desc())).first()
             batches = session.scalars(select(BatchRow).where(BatchRow.state == "final")).all()
@@ -168,9 +227,7 @@ class Books:
             (),
             (),
         )
-        period = replace(period, rewards=add_payouts(earlier, period.payouts()))
-        self.post(period)
-        return period
+        return replace(period, rewards=add_payouts(earlier, period.payouts()))
 
     def post(self, period: PeriodPayload) -> None:
         """Archive and enter a period as the closing job does."""
@@ -189,3 +246,19 @@ class Books:
                     closed_at=NOW,
                 )
             )
+
+
+def settle(settler: Settler, world: World, books: Books) -> list[str]:
+    """Tick to the end: all receipts settled, one period posted."""
+    said = []
+    for _ in range(MAX_TICKS):
+        said += settler.tick()
+        with reading(world.rows) as session:
+            waits = outbox(session).num_receipts
+            batches = set(session.scalars(select(BatchRow.state)))
+            periods = set(session.scalars(select(PeriodRow.state)))
+        if not waits and batches == {"final"} and periods == {"final"}:
+            return said
+        if not waits and batches == {"final"} and not periods:
+            books.close_period(CREDITS)
+    raise AssertionError(said)

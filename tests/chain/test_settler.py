@@ -1,15 +1,11 @@
 """Receipts are settled exactly once, whatever dies, lies or goes away."""
 
-import shutil
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from sqlalchemy import func, select, update
 
@@ -25,73 +21,42 @@ from chain.transactions import Call, Fees, Transaction, parse
 from chain.world import SettlerRules, World
 from cluster.accounts import payer_of
 from cluster.database import reading, writing
-from cluster.ledger import ESCROW, FEES, balance, imbalance
-from cluster.receipts import outbox
+from cluster.ledger import DISTRIBUTOR, ESCROW, FEES, balance, imbalance
 from cluster.tables import (
     BatchReceiptRow,
     BatchRow,
     LeaseRow,
     LedgerEntryRow,
-    PeriodRow,
     ReceiptRow,
     TransactionRow,
 )
 from tests.chain.crashing import Doom, Watched, forked
-from tests.chain.settling import AT_ONCE, Books, Site, site
-from tests.chain.stage import Stage, address, key
+from tests.chain.settling import AT_ONCE, MAX_TICKS, Books, Site, paid_site, rewound, settle
+from tests.chain.stage import address, key, set_stage
 
 pytestmark = pytest.mark.evm
 
-CREDITS = {"alice": 5, "carol": 7, "stranger": -2}
-MAX_TICKS = 60
 
-
-@pytest.fixture
-def here(stage: Stage, tmp_path: Path) -> Iterator[Site]:
-    with site(stage, tmp_path) as opened:
+@pytest.fixture(scope="module")
+def paid(rpc_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with paid_site(set_stage(rpc_url), tmp_path_factory.mktemp("site")) as opened:
         yield opened
 
 
 @pytest.fixture
-def books(here: Site) -> Books:
-    """Alice and Bob have paid in, and have asked three questions each."""
-    books = Books(here)
-    books.open_payer("alice", 1000, 900)
-    books.open_payer("bob", 500, 500)
-    here.settler().tick()
-    for i in range(6):
-        books.serve("alice" if i % 2 else "bob", 10 + i, f"question {i}")
-    return books
-
-
-def rpc(here: Site, method: str, *params: object) -> Any:
-    question = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
-    answer = httpx.post(here.stage.rpc_url, json=question).json()
-    assert "error" not in answer, answer
-    return answer["result"]
+def here(paid: Site) -> Iterator[Site]:
+    with rewound(paid, paid.folder / "paid.db"):
+        yield paid
 
 
 @pytest.fixture
-def no_automine(here: Site) -> Iterator[None]:
-    rpc(here, "evm_setAutomine", False)
-    yield
-    rpc(here, "evm_setAutomine", True)
+def books(here: Site) -> Books:
+    return Books(here)
 
 
-def settle(settler: Settler, world: World, books: Books) -> list[str]:
-    """Tick to the end: all receipts settled, one period posted."""
-    said = []
-    for _ in range(MAX_TICKS):
-        said += settler.tick()
-        with reading(world.rows) as session:
-            waits = outbox(session).num_receipts
-            batches = set(session.scalars(select(BatchRow.state)))
-            periods = set(session.scalars(select(PeriodRow.state)))
-        if not waits and batches == {"final"} and periods == {"final"}:
-            return said
-        if not waits and batches == {"final"} and not periods:
-            books.close_period(CREDITS)
-    raise AssertionError(said)
+@pytest.fixture
+def no_automine(here: Site) -> None:
+    here.rpc("evm_setAutomine", False)  # ``rewound`` switches it on again
 
 
 def run(here: Site, rules: SettlerRules = AT_ONCE, **changed: Any) -> list[str]:
@@ -107,14 +72,15 @@ def assert_settled(here: Site, num_receipts: int = 6) -> None:
         assert session.scalar(select(func.count(ReceiptRow.receipt_id))) == num_receipts
         assert session.scalar(select(func.count(BatchReceiptRow.receipt_id))) == num_receipts
         assert imbalance(session) == {} and session.scalar(select(func.sum(LedgerEntryRow.amount_gwei))) == 0
-        assert balance(session, FEES) == 0
-        escrow_gwei = -balance(session, ESCROW)
+        escrow_gwei, distributor_gwei = -balance(session, ESCROW), -balance(session, DISTRIBUTOR)
+        assert balance(session, FEES) == distributor_gwei
         is_final = TransactionRow.state == "final"
         journalled = session.scalars(select(TransactionRow.nonce).where(is_final)).all()
         live = select(func.count()).where(TransactionRow.state.in_(("signed", "sent", "mined")))
         assert session.scalar(live) == 0
     d = here.stage.deployment
     assert world.rollup.token_balance_wei(d.escrow) == escrow_gwei * WEI_PER_GWEI
+    assert world.rollup.token_balance_wei(d.distributor) == distributor_gwei * WEI_PER_GWEI
     ours = [nonce for nonce in journalled if nonce >= 0]
     assert len(set(ours)) == len(ours) and max(ours) + 1 == world.rollup.nonce(address("settler"))
     report = audit_arithmetic(world.rollup, PayloadSource(world.da, world.storage))
@@ -126,17 +92,6 @@ def assert_settled(here: Site, num_receipts: int = 6) -> None:
 def end_lease(world: World) -> None:
     with writing(world.rows) as session:
         session.execute(update(LeaseRow).values(expires_at=0))
-
-
-def back_up(here: Site, file: Path) -> None:
-    with closing(sqlite3.connect(here.folder / "rows.db")) as rows, closing(sqlite3.connect(file)) as copy:
-        rows.backup(copy)
-
-
-def restore(here: Site, file: Path) -> None:
-    for stale in here.folder.glob("rows.db*"):
-        stale.unlink()
-    shutil.copy(file, here.folder / "rows.db")
 
 
 def batch_row(world: World, batch_id: int = 1) -> BatchRow:
@@ -162,7 +117,7 @@ def test_a_settler_killed_between_any_two_steps_is_resumed_without_loss_or_repet
     process, let it end; then all is settled exactly once. How many steps there are is found by running until
     a process survives."""
     template = tmp_path / "template.db"
-    back_up(here, template)
+    here.save_rows(template)
 
     def life(steps: int) -> int:
         def work() -> None:
@@ -172,16 +127,15 @@ def test_a_settler_killed_between_any_two_steps_is_resumed_without_loss_or_repet
         return forked(work)
 
     for steps in range(0, 200, stride):
-        snapshot = rpc(here, "evm_snapshot")
-        restore(here, template)
-        ended = life(steps)
+        with rewound(here, template):
+            ended = life(steps)
+            if ended == -9:
+                assert life(10**9) == 0
+                assert_settled(here)
         if ended == 0:
             assert steps > 40, "the path has more steps than that"
             return
         assert ended == -9
-        assert life(10**9) == 0
-        assert_settled(here)
-        rpc(here, "evm_revert", snapshot)
     raise AssertionError("never survived")
 
 
@@ -260,8 +214,8 @@ def test_a_transaction_that_is_not_mined_is_outbid_by_a_tenth_until_one_version_
     assert len(fees) >= 3 and len({v.nonce for v in versions}) == 1
     for (cap, tip), (next_cap, next_tip) in pairwise(fees):
         assert next_cap * 10 >= cap * 11 and next_tip * 10 >= tip * 11
-    rpc(here, "evm_setAutomine", True)
-    rpc(here, "evm_mine")
+    here.rpc("evm_setAutomine", True)
+    here.rpc("evm_mine")
     run(here)
     assert_settled(here)
 
@@ -281,8 +235,8 @@ def test_a_transaction_dropped_by_the_node_is_sent_again_byte_for_byte_after_a_r
     here: Site, books: Books, no_automine: None
 ) -> None:
     here.settler().tick()
-    rpc(here, "anvil_dropAllTransactions")
-    rpc(here, "evm_setAutomine", True)
+    here.rpc("anvil_dropAllTransactions")
+    here.rpc("evm_setAutomine", True)
     said = here.settler().tick()
     assert any(" sent as " in line for line in said)
     with reading(here.open().rows) as session:
@@ -298,16 +252,16 @@ def test_a_batch_whose_block_is_reorganised_away_is_sent_again(here: Site, books
     settler = Settler(world, rules, "one")
     while batch_row_state(world) != "mined":
         settler.tick()
-    rpc(here, "evm_setAutomine", False)
-    rpc(here, "anvil_reorg", 1, [])
+    here.rpc("evm_setAutomine", False)
+    here.rpc("anvil_reorg", 1, [])
     said = settler.tick()
     assert any("fell out of block" in line for line in said)
     assert batch_row(world).state == "sent"
-    rpc(here, "evm_setAutomine", True)
-    rpc(here, "evm_mine")
+    here.rpc("evm_setAutomine", True)
+    here.rpc("evm_mine")
     settler.tick()
     assert batch_row(world).state == "mined"
-    rpc(here, "anvil_mine", hex(40))
+    here.rpc("anvil_mine", hex(40))
     settler.tick()
     assert batch_row(world).state == "final"
 
@@ -324,13 +278,13 @@ def test_what_is_on_chain_already_is_adopted(here: Site, books: Books, tmp_path:
     settler = here.settler()
     while batch_row_state(world) != "dispersed":
         settler.tick()
-    back_up(here, tmp_path / "backup.db")
+    here.save_rows(tmp_path / "backup.db")
     run(here)
     used = world.rollup.nonce(address("settler"))
-    restore(here, tmp_path / "backup.db")
-    said = here.settler().tick()
+    here.restore_rows(tmp_path / "backup.db")
+    said = [line for _ in range(4) for line in here.settler().tick()]
     assert any("batch:1 was on chain already" in line for line in said)
-    assert batch_row(here.open()).state == "mined"
+    assert batch_row(here.open()).state == "final"
     assert world.rollup.nonce(address("settler")) == used
 
 
@@ -364,48 +318,45 @@ def test_a_nonce_that_went_to_somebody_elses_transaction_is_given_up(
     world = here.open()
     settler = Settler(world, AT_ONCE, "one")
     settler.tick()
-    rpc(here, "anvil_dropAllTransactions")
+    here.rpc("anvil_dropAllTransactions")
     d = here.stage.deployment
     nonce = world.rollup.nonce(address("settler"))
     other = Transaction(d.chain_id, nonce, 100_000, Fees(10**9, 10**10), Call(d.token, b""))
     other = replace(other, call=world.rollup.encode_register([address("bob")]))
     world.rollup.send_raw(other.sign(key("settler")))
-    rpc(here, "evm_setAutomine", True)
-    rpc(here, "evm_mine")
+    here.rpc("evm_setAutomine", True)
+    here.rpc("evm_mine")
     assert any("went to another transaction" in line for line in settler.tick())
     run(here)
     with reading(world.rows) as session:
         assert {r.state for r in session.scalars(select(TransactionRow))} == {"final", "replaced"}
 
 
-def test_deposits_count_when_final_and_wishes_to_withdraw_at_once(here: Site) -> None:
-    books = Books(here)
-    books.open_payer("alice", 1000, 900)
+def test_deposits_count_when_final_and_wishes_to_withdraw_at_once(here: Site, books: Books) -> None:
+    """``safe`` is 32 blocks behind on this chain."""
+    carol = address("carol")
+    books.open_payer("carol", 1000, 900)
     world = here.open()
-    settler = Settler(world, replace(AT_ONCE, final_tag="safe"), "one")
-    settler.tick()
-    with reading(world.rows) as session:
-        assert payer_of(session, address("alice")).deposited_gwei == 0
-    rpc(here, "anvil_mine", hex(40))
-    settler.tick()
-    settler.tick()
-    here.stage.do("alice", world.rollup.encode_request_withdrawal(300 * WEI_PER_GWEI))
-    settler.tick()
-    with reading(world.rows) as session:
-        payer = payer_of(session, address("alice"))
-        assert (payer.deposited_gwei, payer.withdrawing_gwei) == (1000, 300)
+    settler = Settler(world, SettlerRules(BatchRules(max_age_s=2**40), "safe"), "one")
+
+    def spendable() -> tuple[int, int]:
+        settler.tick()
+        with reading(world.rows) as session:
+            payer = payer_of(session, carol)
+        return payer.deposited_gwei, payer.withdrawing_gwei
+
+    assert spendable() == (0, 0)
+    here.rpc("anvil_mine", hex(40))
+    assert spendable() == (1000, 0)
+    here.stage.do("carol", world.rollup.encode_request_withdrawal(300 * WEI_PER_GWEI))
+    assert spendable() == (1000, 300)
     here.stage.pass_time(4_000)
-    here.stage.do("alice", world.rollup.encode_withdraw())
-    settler.tick()
+    here.stage.do("carol", world.rollup.encode_withdraw())
+    assert spendable() == (1000, 300)
+    here.rpc("anvil_mine", hex(40))
+    assert spendable() == (700, 0)
     with reading(world.rows) as session:
-        payer = payer_of(session, address("alice"))
-        assert payer.deposited_gwei - payer.withdrawing_gwei == 700
-    rpc(here, "anvil_mine", hex(40))
-    Settler(here.open(), replace(AT_ONCE, final_tag="safe"), "one").tick()
-    with reading(world.rows) as session:
-        payer = payer_of(session, address("alice"))
-        assert (payer.deposited_gwei, payer.withdrawing_gwei) == (700, 0)
-        assert balance(session, ESCROW) == -700
+        assert balance(session, ESCROW) == -2200
 
 
 def test_many_batches_follow_one_another(here: Site, books: Books) -> None:

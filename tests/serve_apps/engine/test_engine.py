@@ -50,11 +50,11 @@ def tokens(answers: dict[bytes, TokenEvent], requests: list[EngineRequest]) -> l
 
 
 @pytest.mark.parametrize("which", [0, 1, 3, 6])
-def test_greedy_answers_are_those_of_transformers(toys: Toys, engine: Engine, which: int) -> None:
+def test_greedy_answers_are_those_of_transformers(toys: Toys, toy_engine: Engine, which: int) -> None:
     adapter_id = [ZERO_ID, *toys.adapter_ids][which]
     requests = [request(prompt, adapter_id, max_tokens=8) for prompt in (PROMPTS[0], PROMPTS[7])]
     expected = [tuple(reference(toys, each.prompt_ids, adapter_id, 8)) for each in requests]
-    assert tokens(run(engine, requests), requests) == expected
+    assert tokens(run(toy_engine, requests), requests) == expected
 
 
 @pytest.mark.parametrize(
@@ -62,25 +62,25 @@ def test_greedy_answers_are_those_of_transformers(toys: Toys, engine: Engine, wh
 )
 @pytest.mark.parametrize("popularity", POPULARITY)
 def test_batching_changes_no_answer(
-    toys: Toys, engine: Engine, popularity: str, sampling: dict[str, object]
+    toys: Toys, toy_engine: Engine, popularity: str, sampling: dict[str, object]
 ) -> None:
     """Whatever shares its batch, a request gets the tokens it would get alone."""
     together, alone = (mixed(toys, popularity, **sampling) for _ in range(2))
-    answers = run(engine, together)
-    assert tokens(answers, together) == [tokens(run(engine, [each]), [each])[0] for each in alone]
+    answers = run(toy_engine, together)
+    assert tokens(answers, together) == [tokens(run(toy_engine, [each]), [each])[0] for each in alone]
     assert len({*tokens(answers, together)}) > 5  # the toy is not a constant
 
 
-def test_adapters_change_answers(toys: Toys, engine: Engine) -> None:
+def test_adapters_change_answers(toys: Toys, toy_engine: Engine) -> None:
     requests = [request(PROMPTS[3], key) for key in (ZERO_ID, *toys.adapter_ids)]
-    assert len(set(tokens(run(engine, requests), requests))) == len(requests)
+    assert len(set(tokens(run(toy_engine, requests), requests))) == len(requests)
 
 
-def test_chunks_and_preemption_change_no_answer(toys: Toys, engine: Engine) -> None:
+def test_chunks_and_preemption_change_no_answer(toys: Toys, toy_engine: Engine) -> None:
     """A token budget of 5 and a cache that holds two of the ten requests."""
     tight = toys.engine(Limits(max_batch_tokens=5, max_length=96), kv_bytes=8 * 16 * 1024)
     roomy, narrow = (mixed(toys, "all different", max_tokens=20) for _ in range(2))
-    assert tokens(run(tight, narrow), narrow) == tokens(run(engine, roomy), roomy)
+    assert tokens(run(tight, narrow), narrow) == tokens(run(toy_engine, roomy), roomy)
     load = tight.load()
     assert load.num_free_blocks == load.num_blocks - 1
 
@@ -114,15 +114,15 @@ def test_cancelling_frees_everything_within_a_step(toys: Toys) -> None:
     assert engine.step().events == ()
 
 
-def test_answers_end_at_eos_stop_strings_and_max_tokens(toys: Toys, engine: Engine) -> None:
+def test_answers_end_at_eos_stop_strings_and_max_tokens(toys: Toys, toy_engine: Engine) -> None:
     decode = load_tokenizer(toys.base.path).decode
     plain = request(PROMPTS[5], max_tokens=30)
-    answer = run(engine, [plain])[plain.request_id]
+    answer = run(toy_engine, [plain])[plain.request_id]
     assert answer.finish is not None and answer.finish.reason == "length" and len(answer.token_ids) == 30
     assert answer.text == decode(list(answer.token_ids), skip_special_tokens=True)
     stop = answer.text[6:8]
     stopped = request(PROMPTS[5], max_tokens=30, stop=(stop,))
-    cut = run(engine, [stopped])[stopped.request_id]
+    cut = run(toy_engine, [stopped])[stopped.request_id]
     assert cut.finish is not None and cut.finish.reason == "stop"
     assert cut.text == answer.text[: answer.text.find(stop)]
 
@@ -140,30 +140,30 @@ def test_the_end_token_ends_an_answer_and_is_counted(toys: Toys, tmp_path: Path)
     assert answer.token_ids == said[:first] and answer.finish is not None and answer.finish.reason == "stop"
 
 
-def test_a_missing_adapter_fails_its_own_requests_only(toys: Toys, engine: Engine) -> None:
+def test_a_missing_adapter_fails_its_own_requests_only(toys: Toys, toy_engine: Engine) -> None:
     bad, good = request(PROMPTS[0], b"\x77" * 32), request(PROMPTS[0])
-    answers = run(engine, [bad, good])
+    answers = run(toy_engine, [bad, good])
     finish = answers[bad.request_id].finish
     assert finish is not None and finish.refusal is not None and finish.refusal.code == "not_found"
     assert answers[good.request_id].finish is not None and answers[good.request_id].finish.reason == "length"
     again = request(PROMPTS[0], b"\x77" * 32)
-    engine.submit(again)
-    assert drive(engine, {again.request_id}, max_steps=1)[again.request_id].finish is not None
+    toy_engine.submit(again)
+    assert drive(toy_engine, {again.request_id}, max_steps=1)[again.request_id].finish is not None
 
 
-def test_a_changed_adapter_file_is_never_used(toys: Toys, engine: Engine) -> None:
+def test_a_changed_adapter_file_is_never_used(toys: Toys, toy_engine: Engine) -> None:
     name = b"\x55" * 32
     toys.storage.put(f"adapters/{name.hex()}.safetensors", b"not what was hashed")
     each = request(PROMPTS[0], name)
-    finish = run(engine, [each])[each.request_id].finish
+    finish = run(toy_engine, [each])[each.request_id].finish
     assert finish is not None and finish.refusal is not None and finish.refusal.code == "adapter_hash"
 
 
-def test_what_cannot_run_is_refused_at_submit(toys: Toys, engine: Engine) -> None:
+def test_what_cannot_run_is_refused_at_submit(toys: Toys, toy_engine: Engine) -> None:
     with pytest.raises(Rejected, match="limit is"):
-        engine.submit(request(PROMPTS[0], max_tokens=5000))
+        toy_engine.submit(request(PROMPTS[0], max_tokens=5000))
     with pytest.raises(Rejected) as foreign:
-        engine.submit(request((1, 2, 10**6)))
+        toy_engine.submit(request((1, 2, 10**6)))
     assert foreign.value.code == "token_out_of_range"
     full = toys.engine(Limits(max_waiting=0))
     with pytest.raises(Unavailable):

@@ -1,0 +1,15 @@
+"""The one commitment of a receipt: binds prompt, answer and evidence index, and shows none."""
+
+from attribution.codec import Encoder
+from attribution.hashing import keccak256
+
+
+def answer_commitment(salt: bytes, prompt_sha256: bytes, answer_sha256: bytes, index_id: bytes) -> bytes:
+    """Opened by whoever holds the 32-byte salt, which keeps a guessed prompt from being confirmed.
+
+    Args:
+        prompt_sha256, answer_sha256: of the UTF-8 text.
+        index_id: of the adapter's evidence index at the time of the answer; zero without one.
+    """
+    encoder = Encoder("openledger/answer/1").id32(salt).id32(prompt_sha256).id32(answer_sha256)
+    return keccak256(encoder.id32(index_id).finish())

@@ -1,0 +1,123 @@
+"""The gateway's HTTP application, put together from its services. No Ray: tests drive it in process."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import generate_latest
+from sqlalchemy import text
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from attribution.errors import Refusal, Unavailable
+from cluster import charges
+from serve_apps import http_errors, openai_api, receipts_api
+from serve_apps.services import Services, Shared
+
+log = logging.getLogger(__name__)
+
+Keeper = Callable[[Services], Awaitable[None]]
+
+
+def build_app(services: Services, *keepers: Keeper, release_every_s: float = 5.0) -> FastAPI:
+    """``keepers`` run beside the server for as long as it lives."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        tasks = [asyncio.ensure_future(keeper(services)) for keeper in keepers]
+        tasks.append(asyncio.ensure_future(_release_orphans(services, release_every_s)))
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await services.sessions.close()
+        await services.pool.close()
+
+    app = FastAPI(title="OpenLedger gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.services = services
+    http_errors.install(app)
+    app.add_middleware(_Guard, services=services)
+    app.include_router(openai_api.router)
+    app.include_router(receipts_api.router)
+    app.get("/healthz")(healthz)
+    app.get("/metrics")(metrics)
+    return app
+
+
+async def healthz(shared: Shared) -> JSONResponse:
+    """200 while the database answers and a worker is attached; the body says which is missing."""
+    try:
+        await shared.read(lambda session: session.execute(text("SELECT 1")).one())
+        is_database_up = True
+    except Unavailable:
+        is_database_up = False
+    num_workers = len(shared.pool.loads)
+    is_well = is_database_up and num_workers > 0
+    body = {
+        "status": "ok" if is_well else "unavailable",
+        "database": is_database_up,
+        "workers": num_workers,
+    }
+    return JSONResponse(body, 200 if is_well else 503)
+
+
+async def metrics(shared: Shared) -> Response:
+    lines = [generate_latest(shared.metrics.registry).decode()]
+    for worker_id, load in shared.pool.loads.items():
+        label = f'{{worker="{worker_id}"}}'
+        lines += [
+            f"openledger_engine_running{label} {load.num_running}",
+            f"openledger_engine_waiting{label} {load.num_waiting}",
+            f"openledger_engine_free_blocks{label} {load.num_free_blocks}",
+            f"openledger_engine_adapters{label} {len(load.resident_adapters)}",
+        ]
+    lines.append(f"openledger_open_answers {shared.sessions.num_open}")
+    return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+class _Guard:
+    """Refuses a body that is too large, announced or not, and counts every answer by route and status."""
+
+    def __init__(self, app: ASGIApp, services: Services) -> None:
+        self._app = app
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        most, size = self._services.limits.max_body_bytes, 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > most:
+                raise HTTPException(413, f"the body has more than {most} bytes")
+            return message
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = getattr(scope.get("route"), "path", "unknown")
+                self._services.metrics.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, bounded, counted)
+
+
+async def _release_orphans(services: Services, every_s: float) -> None:
+    """Reservations whose gateway died are given back by whoever is alive."""
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            released = await services.write(
+                lambda session: charges.release_orphans(session, int(time.time()))
+            )
+            if released:
+                log.warning("released %d orphaned reservations", released)
+        except Refusal as refusal:
+            log.warning("orphaned reservations wait: %s", refusal.message)

@@ -1,0 +1,100 @@
+"""What the routes of one gateway share, made once in its process, and how a route finds it."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Header, Request
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+from transformers import PreTrainedTokenizerBase
+
+from attribution.errors import Rejected
+from cluster import accounts
+from cluster.accounts import Account
+from cluster.database import reading, writing
+from cluster.models import BaseModel
+from cluster.storage import Storage
+from serve_apps.sessions import Sessions
+from serve_apps.worker_pool import WorkerPool
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask for; the engine has its own, which are no smaller."""
+
+    max_context_tokens: int
+    max_completion_tokens: int
+    max_body_bytes: int = 2**20
+
+
+class Metrics:
+    """Counters of one gateway process, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "openledger_requests", "Answered requests", ["route", "status"], registry=self.registry
+        )
+        self.tokens = Counter("openledger_tokens", "Tokens charged for", ["kind"], registry=self.registry)
+        self.fees = Counter("openledger_fees_gwei", "Fees captured, gwei", registry=self.registry)
+        self.first_token = Histogram(
+            "openledger_first_token_seconds", "Time to first token", registry=self.registry
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    database: Engine
+    storage: Storage
+    base: BaseModel
+    tokenizer: PreTrainedTokenizerBase
+    pool: WorkerPool
+    sessions: Sessions
+    limits: Limits
+    base_gwei_per_token: int
+    home: Path
+    metrics: Metrics = field(default_factory=Metrics)
+
+    async def read(self, query: Callable[[Session], T]) -> T:
+        """Run ``query`` in a transaction of a thread of its own."""
+
+        def work() -> T:
+            with reading(self.database) as session:
+                return query(session)
+
+        return await asyncio.to_thread(work)
+
+    async def write(self, change: Callable[[Session], T]) -> T:
+        def work() -> T:
+            with writing(self.database) as session:
+                return change(session)
+
+        return await asyncio.to_thread(work)
+
+
+def services_of(request: Request) -> Services:
+    found = request.app.state.services
+    assert isinstance(found, Services)
+    return found
+
+
+async def account_of(request: Request, authorization: Annotated[str | None, Header()] = None) -> Account:
+    """Whose key came with the request.
+
+    Raises:
+        Rejected: 401, in the same words for no key, a malformed one, an unknown one and a revoked one.
+    """
+    scheme, _, key = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer":
+        raise Rejected("invalid_api_key", "no such API key", field="authorization", http_status=401)
+    return await services_of(request).read(lambda session: accounts.authenticate(session, key.strip()))
+
+
+Shared = Annotated[Services, Depends(services_of)]
+Caller = Annotated[Account, Depends(account_of)]

@@ -1,0 +1,153 @@
+"""Ray shell of a worker: a Serve replica that keeps one engine, in an actor process of its own.
+
+Gateways ask the replica where its engine is and then speak to the engine directly: short calls to submit and
+cancel, one streaming call per gateway. Whoever dies takes what it owned along: the replica its engine, the
+engine its answers, a silent gateway its requests. Serve restarts a replica whose engine is gone."""
+
+import os
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import ray
+import torch
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from attribution.errors import Refusal, Unavailable
+from cluster.config import EngineSettings, Settings
+from cluster.models import base_model, native_dtype
+from cluster.storage import open_storage
+from serve_apps.engine.adapter_cache import CacheLimits
+from serve_apps.engine.loading import EngineConfig, build_engine
+from serve_apps.engine.scheduler import Limits
+from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest
+from serve_apps.engine_host import EngineHost
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """A worker and the engine behind it."""
+
+    worker_id: str
+    engine: ActorHandle
+
+
+class EngineActor:
+    """An ``EngineHost`` behind Ray calls; decides nothing."""
+
+    def __init__(self, settings: Settings) -> None:
+        torch.set_num_threads(settings.engine.num_threads or os.cpu_count() or 1)
+        storage = open_storage(
+            settings.storage_url, s3_endpoint=settings.s3_endpoint, cache_dir=settings.home / "cache"
+        )
+        self._host = EngineHost(build_engine(base_model(settings), storage, engine_config(settings.engine)))
+
+    async def submit(self, request: EngineRequest) -> None:
+        await self._host.submit(request)
+
+    async def cancel(self, owner: str, request_id: bytes) -> None:
+        await self._host.cancel(owner, request_id)
+
+    async def renew(self, owner: str, num_read: int) -> EngineLoad:
+        return await self._host.renew(owner, num_read)
+
+    async def stream(self, owner: str) -> AsyncIterator[Bundle]:
+        async for bundle in self._host.stream(owner):
+            yield bundle
+
+    async def check_health(self) -> int:
+        """The engine's process id, if its thread is alive."""
+        self._host.check_health()
+        return os.getpid()
+
+
+class Worker:
+    """The Serve deployment: owns the engine's process and says where it is."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._worker_id = uuid.uuid4().hex[:12]
+        # Threads that sleep while they wait: on a busy machine, spinning ones cost ten times the speed.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+        actor = ray.remote(EngineActor).options(
+            num_cpus=settings.engine.num_cpus,
+            num_gpus=1 if settings.engine.device == "cuda" else 0,
+            max_concurrency=10_000,
+            runtime_env={"env_vars": environment},
+        )
+        self._engine = actor.remote(settings)
+        await self._engine.check_health.remote()
+
+    async def whereabouts(self) -> Whereabouts:
+        return Whereabouts(self._worker_id, self._engine)
+
+    async def check_health(self) -> None:
+        await self._engine.check_health.remote()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_engine"):
+            ray.kill(self._engine)
+
+
+class ActorDoor:
+    """The door to an engine in another process; Ray's exceptions become ours here."""
+
+    def __init__(self, engine: ActorHandle) -> None:
+        self._engine = engine
+
+    async def submit(self, request: EngineRequest) -> None:
+        await _translated(self._engine.submit.remote(request))
+
+    async def cancel(self, owner: str, request_id: bytes) -> None:
+        await _translated(self._engine.cancel.remote(owner, request_id))
+
+    async def renew(self, owner: str, num_read: int) -> EngineLoad:
+        load = await _translated(self._engine.renew.remote(owner, num_read))
+        assert isinstance(load, EngineLoad)
+        return load
+
+    async def stream(self, owner: str) -> AsyncIterator[Bundle]:
+        try:
+            async for reference in self._engine.stream.options(num_returns="streaming").remote(owner):
+                yield await reference
+        except RayError as error:
+            raise _refusal(error) from error
+
+
+def engine_config(settings: EngineSettings) -> EngineConfig:
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = {
+        "auto": native_dtype(device),
+        "bfloat16": torch.bfloat16,
+        "float32": torch.float32,
+    }
+    return EngineConfig(
+        device=device,
+        dtype=dtypes[settings.dtype],
+        kv_bytes=settings.kv_bytes,
+        limits=Limits(
+            max_batch_tokens=settings.max_batch_tokens,
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
+            max_length=settings.max_context_tokens,
+        ),
+        adapters=CacheLimits(
+            budget_bytes=settings.adapter_bytes, max_adapter_bytes=settings.adapter_bytes // 4
+        ),
+    )
+
+
+async def _translated(call: "ray.ObjectRef[object]") -> object:
+    try:
+        return await call
+    except RayError as error:
+        raise _refusal(error) from error
+
+
+def _refusal(error: RayError) -> Refusal:
+    """What the engine refused with, or that it is gone."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, Refusal):
+        return error.cause
+    return Unavailable("worker_lost", f"the worker is gone: {type(error).__name__}")

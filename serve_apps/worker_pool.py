@@ -1,0 +1,149 @@
+"""The gateway's side of the bundle protocol: one stream per worker, one mailbox per request.
+
+A worker is reached through a ``Door``; the pool spreads requests over the doors it knows, hands each event to
+the request it belongs to, and turns the death of a worker into a clear refusal for those it was serving."""
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from attribution.errors import Refusal, Unavailable
+from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest, TokenEvent
+from serve_apps.outbox import Outbox
+
+log = logging.getLogger(__name__)
+
+
+class Door(Protocol):
+    """What a worker offers: ``EngineHost`` in this process, or an actor of another."""
+
+    async def submit(self, request: EngineRequest) -> None: ...
+    async def cancel(self, owner: str, request_id: bytes) -> None: ...
+    async def renew(self, owner: str, num_read: int) -> EngineLoad: ...
+    def stream(self, owner: str) -> AsyncIterator[Bundle]: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    """A worker with a stream. ``owner`` is new for every stream, so a late call cannot meet a later life."""
+
+    worker_id: str
+    door: Door
+    owner: str
+    load: EngineLoad | None = None  # None until the first bundle
+    num_read: int = 0
+    mailboxes: dict[bytes, Outbox] = field(default_factory=dict)
+    task: "asyncio.Task[None] | None" = None
+
+
+class WorkerPool:
+    """Lives on the gateway's event loop."""
+
+    def __init__(self, gateway_id: str, renew_every_s: float = 1.0) -> None:
+        self._gateway_id = gateway_id
+        self._renew_every_s = renew_every_s
+        self._links: dict[str, _Link] = {}
+
+    @property
+    def loads(self) -> dict[str, EngineLoad]:
+        return {link.worker_id: link.load for link in self._links.values() if link.load is not None}
+
+    def connect(self, worker_id: str, door: Door) -> None:
+        """Attach to a worker that is not attached yet; one that dies is forgotten and may be connected
+        again."""
+        if worker_id not in self._links:
+            link = _Link(worker_id, door, f"{self._gateway_id}/{uuid.uuid4().hex[:12]}")
+            self._links[worker_id] = link
+            link.task = asyncio.create_task(self._serve(link))
+
+    async def close(self) -> None:
+        tasks = [link.task for link in self._links.values() if link.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Events of one request until its last. Closing the iterator early cancels it at the worker.
+
+        Raises:
+            Unavailable: no worker is there, or the one that served this request is gone.
+            Refusal: what the engine refused it with.
+        """
+        link = self._choose(request.adapter_id)
+        mailbox = link.mailboxes[request.request_id] = Outbox(asyncio.get_running_loop())
+        is_over = False
+        try:
+            await link.door.submit(replace(request, owner=link.owner))
+            while events := await mailbox.take():
+                event = events[0]
+                is_over = event.finish is not None
+                if event.finish is not None and event.finish.refusal is not None:
+                    raise event.finish.refusal
+                yield event
+                if is_over:
+                    return
+            is_over = True  # nothing is left to cancel
+            raise Unavailable("worker_lost", f"worker {link.worker_id} was lost while it answered")
+        finally:
+            link.mailboxes.pop(request.request_id, None)
+            if not is_over:
+                await _ignore_unavailable(link.door.cancel(link.owner, request.request_id))
+
+    def _choose(self, adapter_id: bytes) -> _Link:
+        """The worker with the fewest requests of ours and others'; among equals one that has the adapter."""
+        ready = [link for link in self._links.values() if link.load is not None]
+        if not ready:
+            raise Unavailable("no_worker", "no worker is ready", retry_after_s=2.0)
+
+        def cost(link: _Link) -> tuple[int, bool, str]:
+            assert link.load is not None
+            busy = max(len(link.mailboxes), link.load.num_running + link.load.num_waiting)
+            return busy, adapter_id not in link.load.resident_adapters, link.worker_id
+
+        return min(ready, key=cost)
+
+    async def _serve(self, link: _Link) -> None:
+        """Read a worker's stream until it ends, however it ends."""
+        renewing = asyncio.create_task(self._renew(link))
+        try:
+            async for bundle in link.door.stream(link.owner):
+                link.load = bundle.load
+                link.num_read += 1
+                for event in bundle.events:
+                    mailbox = link.mailboxes.get(event.request_id)
+                    if mailbox is not None:
+                        mailbox.put(event)
+        except Refusal as refusal:
+            log.warning("worker %s: %s", link.worker_id, refusal.message)
+        finally:
+            renewing.cancel()
+            if self._links.get(link.worker_id) is link:
+                del self._links[link.worker_id]
+            for mailbox in link.mailboxes.values():
+                mailbox.close()
+
+    async def _renew(self, link: _Link) -> None:
+        """Say often enough that we live and what we have read; a refusal means that the worker gave us up."""
+        acknowledged = 0
+        while True:
+            for _ in range(20):
+                await asyncio.sleep(self._renew_every_s / 20)
+                if link.num_read - acknowledged >= 16:
+                    break
+            try:
+                link.load = await link.door.renew(link.owner, link.num_read)
+                acknowledged = link.num_read
+            except Unavailable as refusal:
+                log.warning("worker %s: %s", link.worker_id, refusal.message)
+                if link.task is not None:
+                    link.task.cancel()
+                return
+
+
+async def _ignore_unavailable(call: object) -> None:
+    with contextlib.suppress(Unavailable):
+        await call  # type: ignore[misc]
