@@ -1,0 +1,321 @@
+from collections.abc import Sequence
+
+import pytest
+import torch
+from sqlalchemy import func, select, update
+
+from attribution.errors import Corrupted, Rejected
+from attribution.fixed_point import fraction_bits, to_fixed_point
+from attribution.gradients import Example
+from attribution.hashing import sha256
+from attribution.index import Index
+from attribution.influence import direction, integer_credits
+from attribution.payload import decode_period, encode_period
+from attribution.payout import Role
+from attribution.sketch import make_sketch
+from attribution.types import ZERO_ID
+from cluster.database import reading, writing
+from cluster.indexes import stored_index
+from cluster.ledger import FEES, balance, imbalance
+from cluster.models import load_base
+from cluster.tables import PayoutRow, PeriodRow, TranscriptRow
+from pipelines.answer_sums import ANSWERS_PER_CHUNK, Chunk, decode_sum, store_sums
+from pipelines.close_period import ClosedPeriod, CloseSpec, SumAnswers, close_period, forget
+from tests.attributed import World, index, pay_for, payers, publish_another, settle
+from tests.cluster.money import NOW
+
+PLATFORM, HOST, POOL = (bytes([n]) * 32 for n in (0xA, 0xB, 0xC))
+SPEC = CloseSpec(
+    run_id="close-1",
+    chain_id=31337,
+    distributor="dd" * 20,
+    platform=PLATFORM.hex(),
+    host=HOST.hex(),
+    pool=POOL.hex(),
+)
+QUESTIONS = (("What is old?", "mercury"), ("Name a metal.", "iron"), ("Which one shines?", "gold and silver"))
+
+
+def plainly(world: World) -> SumAnswers:
+    model = load_base(world.base_path, torch.float32)
+    return lambda index, chunks: void(store_sums(model, index.loras, world.ground.storage, chunks))
+
+
+def void(_: object) -> None: ...
+
+
+def close(world: World, sum_answers: SumAnswers | None = None, now: int = NOW) -> ClosedPeriod:
+    return close_period(world.ground, SPEC, sum_answers or plainly(world), now)
+
+
+def fees_and_entries(world: World) -> tuple[int, int, dict[str, int]]:
+    """Gwei paid out by rows, gwei left in the ledger's fees, and postings that do not sum to zero."""
+    with reading(world.ground.engine) as session:
+        paid = int(session.scalar(select(func.sum(PayoutRow.amount_gwei))) or 0)
+        return paid, balance(session, FEES), imbalance(session)
+
+
+def test_every_fee_is_paid_out_once_and_the_root_follows_from_the_payload(world: World) -> None:
+    index(world)
+    accounts = payers(world, 2)
+    for turn, (question, answer) in enumerate(QUESTIONS):
+        pay_for(world, accounts[turn % 2], question, answer, fee_gwei=1000 + turn)
+    settle(world)
+    closed = close(world)
+    assert fees_and_entries(world) == (3003, 0, {})
+    stored = world.ground.storage.get(f"blobs/{closed.payload_hash.hex()}")
+    payload = decode_period(stored)
+    assert payload == closed.payload and payload.payouts() == closed.payouts
+    with reading(world.ground.engine) as session:
+        row = session.get_one(PeriodRow, 1)
+        assert (row.state, row.first_batch, row.last_batch) == ("closed", 1, 1)
+        assert (row.root, row.total_gwei) == (payload.tree().root.hex(), 3003)
+        lines = {
+            (one.contributor_id, one.role): one.amount_gwei for one in session.scalars(select(PayoutRow))
+        }
+    expected = {
+        (line.contributor_id.hex(), str(line.role)): line.amount_gwei
+        for p in closed.payouts
+        for line in p.lines
+    }
+    assert lines == expected
+    firsts = {entry.group.contributor_id for entry in world.manifest.entries}
+    assert {c.contributor_id for c in payload.adapters[0].credits} <= firsts
+
+
+def test_credits_are_the_integers_that_anyone_gets_from_the_published_sum(world: World) -> None:
+    """Recomputed here from the answers one by one, and from the published file alone."""
+    opened = stored_index(world.ground.storage, index(world))
+    account, other = payers(world, 2)
+    receipts = [
+        pay_for(world, account, *QUESTIONS[0], fee_gwei=700),
+        pay_for(world, other, *QUESTIONS[1], fee_gwei=90),
+    ]
+    settle(world)
+    (adapter,) = close(world).payload.adapters
+    model, bits = load_base(world.base_path, torch.float32), fraction_bits(790)
+    total = torch.zeros(0)
+    for (question, answer), receipt in zip(QUESTIONS, receipts, strict=False):
+        example = Example(world.ask(question), answer_tokens(world, answer))
+        part = to_fixed_point(direction(model, opened.loras, example), bits) * receipt.fee_gwei
+        total = part if not len(total) else total + part
+    published = world.ground.storage.get(f"gradient_sums/{adapter.gradient_sum_sha256.hex()}")
+    assert torch.equal(decode_sum(published), total)
+    sketch = make_sketch(len(total), opened.card.sketch_size, opened.card.sketch_seed)
+    values = integer_credits(sketch, total, opened.features)
+    trained = opened.card.num_trained
+    groups = [entry.group.group_id for entry in world.manifest.entries]
+    assert {c.group_id: c.value for c in adapter.credits} == dict(zip(groups, values[:trained], strict=True))
+    assert list(adapter.controls) == sorted(values[trained:])
+
+
+def answer_tokens(world: World, answer: str) -> tuple[int, ...]:
+    from cluster.models import load_tokenizer
+
+    tokenizer = load_tokenizer(world.base_path)
+    return (*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id)
+
+
+def test_a_crash_in_the_middle_changes_nothing_and_repeats_nothing(world: World) -> None:
+    """Killed after the first chunk: no rows; started again: the same payload as without the crash, and the
+    finished chunk is not worked out again."""
+    index(world)
+    (account,) = payers(world, 1)
+    for turn in range(ANSWERS_PER_CHUNK + 3):
+        pay_for(world, account, f"Question {turn}?", "iron", fee_gwei=100 + turn)
+    settle(world)
+    model, storage = load_base(world.base_path, torch.float32), world.ground.storage
+
+    def dies(opened: Index, chunks: Sequence[Chunk]) -> None:
+        store_sums(model, opened.loras, storage, chunks[:1])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        close(world, dies)
+    assert fees_and_entries(world)[0] == 0
+    counted: list[int] = []
+    closed = close(
+        world, lambda opened, chunks: counted.append(store_sums(model, opened.loras, storage, chunks))
+    )
+    assert counted == [1]
+    assert list(storage.list("answer_sums/")) == [], "sums of few answers do not outlive the period"
+    by_hand = sum(100 + turn for turn in range(ANSWERS_PER_CHUNK + 3))
+    assert closed.payload.adapters[0].fee_gwei == by_hand == fees_and_entries(world)[0]
+
+
+def test_two_jobs_that_race_close_one_period(world: World) -> None:
+    index(world)
+    pay_for(world, payers(world, 1)[0], *QUESTIONS[0])
+    settle(world)
+    plain = plainly(world)
+
+    def overtaken(opened: Index, chunks: Sequence[Chunk]) -> None:
+        plain(opened, chunks)
+        close(world, plain)
+        plain(opened, chunks)
+
+    with pytest.raises(Rejected) as refusal:
+        close(world, overtaken)
+    assert refusal.value.code == "period_taken"
+    assert fees_and_entries(world) == (1000, 0, {})
+
+
+def test_an_adapter_that_is_not_ready_is_carried_and_paid_once_later(world: World) -> None:
+    late = publish_another(world, "toy/late", seed=5)
+    index(world)
+    (account,) = payers(world, 1)
+    pay_for(world, account, *QUESTIONS[0], fee_gwei=10)
+    pay_for(world, account, *QUESTIONS[1], fee_gwei=500, adapter_id=late.adapter_id)
+    settle(world)
+    first = close(world)
+    assert first.payload.carried == ((late.adapter_id, 500),)
+    assert [one.code for one in first.carried] == ["no_index"]
+    assert [one.adapter_id for one in first.payload.adapters] == [world.adapter.adapter_id]
+    index(world, late)
+    pay_for(world, account, *QUESTIONS[2], fee_gwei=7, adapter_id=late.adapter_id)
+    settle(world)
+    second = close(world)
+    assert second.payload.carried == ()
+    assert [(one.adapter_id, one.fee_gwei) for one in second.payload.adapters] == [(late.adapter_id, 507)]
+    assert second.payload.total_gwei == 517
+    assert fees_and_entries(world) == (517, 0, {})
+    assert (second.payload.first_batch, second.payload.last_batch) == (2, 2)
+
+
+def test_a_small_period_waits_unless_the_test_setting_says_so_on_the_statement(world: World) -> None:
+    index(world)
+    pay_for(world, payers(world, 1)[0], *QUESTIONS[0])
+    settle(world)
+    strict = World(
+        type(world.ground)(
+            world.ground.settings.model_copy(
+                update={"period": world.ground.settings.period.model_copy(update={"allow_small": False})}
+            ),
+            world.ground.engine,
+            world.ground.storage,
+        ),
+        world.manifest,
+        world.adapter,
+    )
+    waiting = close(strict)
+    assert [one.code for one in waiting.carried] == ["too_few"]
+    assert "1 requests of 1 payers; privacy asks for 50 of 5" in waiting.carried[0].reason
+    assert list(world.ground.storage.list("gradient_sums/")) == []
+    pay_for(world, payers(world, 1)[0], *QUESTIONS[1])
+    settle(world)
+    small = close(world)
+    assert small.payload.adapters[0].fee_gwei == 2000
+    assert "test setting" in small.payload.adapters[0].method
+
+
+def test_nobody_contributed_to_the_base_model(world: World) -> None:
+    pay_for(world, payers(world, 1)[0], *QUESTIONS[0], fee_gwei=1_000_000, adapter_id=ZERO_ID)
+    settle(world)
+    (payouts,) = close(world).payouts
+    assert {(line.contributor_id, line.role) for line in payouts.lines} == {
+        (PLATFORM, Role.PLATFORM),
+        (HOST, Role.HOST),
+        (POOL, Role.OWNER),
+        (POOL, Role.POOL),
+    }
+    assert sum(line.amount_gwei for line in payouts.lines if line.contributor_id == POOL) == 850_000
+
+
+def test_only_an_unbroken_run_of_final_batches_is_closed(world: World) -> None:
+    index(world)
+    (account,) = payers(world, 1)
+    with pytest.raises(Rejected) as refusal:
+        close(world)
+    assert refusal.value.code == "nothing_to_close"
+    for state in ("final", "mined", "final"):
+        pay_for(world, account, *QUESTIONS[0])
+        settle(world, state=state)
+    closed = close(world)
+    assert (closed.payload.first_batch, closed.payload.last_batch) == (1, 1)
+    with pytest.raises(Rejected, match="waits for batch 2"):
+        close(world)
+
+
+def test_a_receipt_without_its_transcript_holds_its_adapter_back(world: World) -> None:
+    index(world)
+    (account,) = payers(world, 1)
+    pay_for(world, account, *QUESTIONS[0])
+    pay_for(world, account, *QUESTIONS[1], keeps_transcript=False)
+    settle(world)
+    (carried,) = close(world).carried
+    assert (carried.code, carried.reason) == ("no_transcript", "1 of 2 transcripts are missing")
+
+
+def test_an_empty_answer_is_paid_for_and_moves_no_credit(world: World) -> None:
+    index(world)
+    (account,) = payers(world, 1)
+    pay_for(world, account, *QUESTIONS[0], fee_gwei=1000)
+    settle(world)
+    alone = close(world).payload.adapters[0]
+    pay_for(world, account, *QUESTIONS[0], fee_gwei=1000)
+    pay_for(world, account, "Nothing?", "", fee_gwei=24)
+    settle(world)
+    together = close(world).payload.adapters[0]
+    assert together.fee_gwei == 1024
+    assert together.credits == alone.credits and together.controls == alone.controls
+
+
+def test_rewards_are_cumulative_and_order_of_arrival_moves_nothing(world: World) -> None:
+    index(world)
+    (account,) = payers(world, 1)
+    totals: list[int] = []
+    for _ in range(2):
+        pay_for(world, account, *QUESTIONS[0], fee_gwei=5000)
+        settle(world)
+        closed = close(world)
+        totals.append(closed.payload.total_gwei)
+        assert decode_period(encode_period(closed.payload)) == closed.payload
+    assert totals == [5000, 10_000]
+
+
+def test_a_changed_index_pays_nobody(world: World) -> None:
+    index_id = index(world)
+    pay_for(world, payers(world, 1)[0], *QUESTIONS[0])
+    settle(world)
+    path = world.ground.storage.fetch(f"indexes/{index_id.hex()}/features.npy")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    world.ground.storage.put(f"indexes/{index_id.hex()}/features.npy", bytes(data))
+    with pytest.raises(Corrupted, match=index_id.hex()):
+        close(world)
+    assert fees_and_entries(world)[0] == 0
+
+
+def test_transcripts_are_forgotten_only_when_paid_final_and_beyond_challenge(world: World) -> None:
+    late = publish_another(world, "toy/late", seed=5)
+    index(world)
+    (account,) = payers(world, 1)
+    paid = pay_for(world, account, *QUESTIONS[0])
+    carried = pay_for(world, account, *QUESTIONS[1], adapter_id=late.adapter_id)
+    settle(world)
+    close(world)
+    delay = world.ground.settings.chain.activation_delay_s
+    assert forget(world.ground, NOW + delay) == 0, "not final yet"
+    with writing(world.ground.engine) as session:
+        session.execute(update(PeriodRow).values(state="final"))
+    assert forget(world.ground, NOW + delay - 1) == 0, "may still be challenged"
+    assert forget(world.ground, NOW + delay) == 1
+    with reading(world.ground.engine) as session:
+        assert session.get(TranscriptRow, paid.receipt_id.hex()) is None
+        assert session.get(TranscriptRow, carried.receipt_id.hex()) is not None
+
+
+def test_chunk_names_follow_from_everything_that_decides_a_sum() -> None:
+    from pipelines.answer_sums import Answer, chunks_of
+
+    answers = [Answer(sha256(bytes([n])), Example((1,), (2,)), 5) for n in range(40)]
+    keys = [chunk.key for chunk in chunks_of(b"\1" * 32, 20, answers)]
+    assert keys == [chunk.key for chunk in chunks_of(b"\1" * 32, 20, answers[::-1])]
+    assert len(keys) == 3 and len(set(keys)) == 3
+    dearer = [Answer(one.receipt_id, one.example, 6) for one in answers]
+    for other in (
+        chunks_of(b"\2" * 32, 20, answers),
+        chunks_of(b"\1" * 32, 21, answers),
+        chunks_of(b"\1" * 32, 20, dearer),
+    ):
+        assert not {chunk.key for chunk in other} & set(keys)
