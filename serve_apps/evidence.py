@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
-from attribution.errors import Refusal, Rejected, Unavailable
+from attribution.errors import Corrupted, Rejected, Unavailable
 from attribution.evidence import (
     Evidence,
     Kind,
@@ -40,7 +40,7 @@ from cluster.config import Settings
 from cluster.database import connect, reading, writing
 from cluster.indexes import indexed_records, stored_index, stored_manifest
 from cluster.models import base_model, load_base, load_tokenizer
-from cluster.receipts import set_evidence, transcripts_of
+from cluster.receipts import StoredTranscript, set_evidence, transcripts_of
 from cluster.storage import Storage, open_storage
 from cluster.tables import AdapterRow, ReceiptRow
 from cluster.transcripts import Transcript, key_path, load_key, open_sealed
@@ -142,7 +142,9 @@ def _named(record: Record) -> dict[str, object]:
     }
 
 
-def pending(session: Session, worker: int, num_workers: int) -> list[tuple[Receipt, bytes]]:
+def pending(
+    session: Session, worker: int, num_workers: int, without: Container[bytes] = ()
+) -> list[tuple[Receipt, bytes]]:
     """This worker's next receipts and the index that explains each. Adapters without an index wait for
     one."""
     query = (
@@ -156,14 +158,21 @@ def pending(session: Session, worker: int, num_workers: int) -> list[tuple[Recei
         (Receipt.from_canonical(canonical), bytes.fromhex(index_id or ""))
         for canonical, index_id in session.execute(query)
     ]
-    mine = [one for one in found if int.from_bytes(one[0].receipt_id[:4], "big") % num_workers == worker]
+    mine = [
+        one
+        for one in found
+        if int.from_bytes(one[0].receipt_id[:4], "big") % num_workers == worker
+        and one[0].receipt_id not in without
+    ]
     return mine[:AT_ONCE]
 
 
 class EvidenceWorker:
-    """Opens each index once; ``work_once`` does all the rest."""
+    """Opens each index once; ``work_once`` does all the rest. A receipt that cannot be explained stays
+    pending, is listed in ``refused`` and holds up no other."""
 
     def __init__(self, settings: Settings, worker: int = 0, num_workers: int = 1) -> None:
+        self.refused: dict[bytes, str] = {}
         self._rows: Engine = connect(settings.database_url)
         self._storage = open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint)
         self._key = load_key(key_path(settings.home))
@@ -175,19 +184,22 @@ class EvidenceWorker:
     def work_once(self) -> int:
         """Explain this worker's next few receipts; returns how many. 0: nothing waits."""
         with reading(self._rows) as session:
-            waiting = pending(session, *self._place)
+            waiting = pending(session, *self._place, without=self.refused)
             kept = {one.receipt: one for one in transcripts_of(session, [r.receipt_id for r, _ in waiting])}
         for receipt, index_id in waiting:
-            stored = kept.get(receipt)
-            if stored is None:
-                text = nothing_json("the transcript was not kept")
-            else:
-                text = self._explain(index_id, open_sealed(self._key, stored.ciphertext, receipt.request_id))
+            try:
+                text = self._explain(receipt, index_id, kept.get(receipt))
+            except (Rejected, Corrupted) as refusal:
+                self.refused[receipt.receipt_id] = f"{refusal.code}: {refusal.message}"
+                continue
             with writing(self._rows) as session:
                 set_evidence(session, receipt.receipt_id, text)
         return len(waiting)
 
-    def _explain(self, index_id: bytes, transcript: Transcript) -> str:
+    def _explain(self, receipt: Receipt, index_id: bytes, stored: StoredTranscript | None) -> str:
+        if stored is None:
+            return nothing_json("the transcript was not kept")
+        transcript = open_sealed(self._key, stored.ciphertext, receipt.request_id)
         if not transcript.answer_ids:
             return nothing_json("the answer is empty")
         if self._reader is None:
@@ -206,23 +218,22 @@ class _Loop:
         os.nice(10)
         torch.set_num_threads(1)
         self._done = 0
-        self._refused = ""
+        self._unavailable = ""
         self._worker = EvidenceWorker(settings, worker, num_workers)
         threading.Thread(target=self._run, name="evidence", daemon=True).start()
 
     def status(self) -> Mapping[str, object]:
-        return {"explained": self._done, "last_refusal": self._refused}
+        refused = {receipt_id.hex(): why for receipt_id, why in self._worker.refused.items()}
+        return {"looked_at": self._done, "refused": refused, "unavailable": self._unavailable}
 
     def _run(self) -> None:
         while True:
             try:
                 done = self._worker.work_once()
                 self._done += done
+                self._unavailable = ""
             except Unavailable as refusal:
-                self._refused, done = f"{refusal.code}: {refusal.message}", 0
-            except Refusal as refusal:  # a person must look; the receipts stay pending, and status says why
-                self._refused, done = f"{refusal.code}: {refusal.message}", 0
-                time.sleep(10)
+                self._unavailable, done = f"{refusal.code}: {refusal.message}", 0
             if not done:
                 time.sleep(IDLE_S)
 

@@ -53,6 +53,7 @@ def build(home: Path, base: Path, *, allow_small: bool = True) -> World:
     settings = Settings(
         home=home, run_dir=home / "run", base_model=str(base), period={"allow_small": allow_small}
     )
+    torch.set_num_threads(1)  # threads cost more than they bring at this size
     migrate(settings.database_url)
     storage = open_storage(settings.storage_url)
     ground = Ground(settings, connect(settings.database_url), storage)
