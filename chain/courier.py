@@ -40,18 +40,31 @@ class Courier:
     def follow(self) -> list[str]:
         """Look at everything that is not final. What is in a block is looked at again when that block is
         final or the chain is no longer the one we saw."""
+        said = self._reopen_lost()
         with reading(self._rows) as session:
             pending = journal.live(session)
         if not pending:
-            return []
+            return said
         final_block = self._rollup.block_number(self._final_tag)
         is_same = self._is_same_chain()
-        said = []
         for versions in pending:
             blocks = [version.block for version in versions if version.state == "mined"]
             if not (is_same and blocks and blocks[0] > final_block):
                 said += self._follow_one(versions, final_block)
         return said
+
+    def _reopen_lost(self) -> list[str]:
+        """A local chain that was killed forgets its last blocks, also final ones: their bytes are sent
+        again."""
+        nonce = self._rollup.nonce(self._rollup.addresses.settler)
+        with reading(self._rows) as session:
+            lost = journal.final_from(session, nonce)
+        if lost:
+            with self._term.writing() as session:
+                for version in lost:
+                    journal.mark_unmined(session, version)
+            self._offered -= {version.tx_hash for version in lost}
+        return [f"{version.purpose} was final and is gone from the chain" for version in lost]
 
     def _is_same_chain(self) -> bool:
         """Does the newest block of the last look still stand? Then so do all below it."""
@@ -97,8 +110,8 @@ class Courier:
         offers = [version for version in versions if version.raw]
         if not offers:
             return said
-        sender = self._signer.address()
-        if self._rollup.nonce(sender, self._final_tag) > versions[0].nonce:
+        settler = self._rollup.addresses.settler
+        if self._rollup.nonce(settler, self._final_tag) > versions[0].nonce:
             return [*said, *self._give_up(versions)]
         best = max(offers, key=lambda version: parse(version.raw).fees.cap_wei)
         if best.tx_hash in self._offered and self._term.now - best.created_at >= self._resubmit_s:

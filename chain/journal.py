@@ -40,11 +40,15 @@ def live(session: Session) -> list[tuple[Version, ...]]:
     )
     groups: dict[tuple[int, str], list[Version]] = {}
     for row in rows:
-        version = Version(
-            bytes.fromhex(row.tx_hash), row.purpose, row.nonce, row.raw, row.state, row.block, row.created_at
-        )
-        groups.setdefault((row.nonce, row.purpose), []).append(version)
+        groups.setdefault((row.nonce, row.purpose), []).append(_version(row))
     return [tuple(versions) for versions in groups.values()]
+
+
+def final_from(session: Session, nonce: int) -> list[Version]:
+    """Final transactions with this nonce or a later one, in order."""
+    is_ours = TransactionRow.nonce >= max(nonce, 0)
+    rows = session.scalars(select(TransactionRow).where(TransactionRow.state == "final", is_ours))
+    return sorted((_version(row) for row in rows), key=lambda version: version.nonce)
 
 
 def add(session: Session, tx_hash: bytes, purpose: str, nonce: int, raw: bytes, term: int, now: int) -> None:
@@ -130,6 +134,11 @@ def move_target(session: Session, purpose: str, state: str) -> None:
         session.execute(update(BatchRow).where(BatchRow.batch_id == number).values(state=state))
     elif kind == "period":
         session.execute(update(PeriodRow).where(PeriodRow.period_id == number).values(state=state))
+
+
+def _version(row: TransactionRow) -> Version:
+    tx_hash = bytes.fromhex(row.tx_hash)
+    return Version(tx_hash, row.purpose, row.nonce, row.raw, row.state, row.block, row.created_at)
 
 
 def _set_state(session: Session, versions: Sequence[Version], state: str) -> None:

@@ -288,6 +288,26 @@ def test_what_is_on_chain_already_is_adopted(here: Site, books: Books, tmp_path:
     assert world.rollup.nonce(address("settler")) == used
 
 
+def test_what_a_killed_chain_forgot_is_sent_again_byte_for_byte(here: Site, books: Books) -> None:
+    """A local chain comes back some blocks younger than it was when rows called them final."""
+    world = here.open()
+    nowhere = type(world.da)("http://127.0.0.1:9", patience_s=0.1)
+    Settler(replace(world, da=nowhere), AT_ONCE, "one").tick()
+    snapshot = here.rpc("evm_snapshot")
+    run(here)
+    with reading(world.rows) as session:
+        sent = set(session.scalars(select(TransactionRow.tx_hash)))
+    here.rpc("evm_revert", snapshot)
+    settler = here.settler()
+    said = settler.tick()
+    assert sum("gone from the chain" in line for line in said) == 4
+    while settler.tick():
+        pass
+    with reading(world.rows) as session:
+        assert set(session.scalars(select(TransactionRow.tx_hash))) == sent
+    assert_settled(here)
+
+
 def test_another_batch_under_our_number_stops_the_settler(here: Site, books: Books) -> None:
     world = here.open()
     settler = here.settler()
