@@ -10,13 +10,23 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from json import JSONDecodeError
 from typing import Any, Literal, TypeVar, get_args
 
 from eth_abi.abi import decode
 from eth_typing import ChecksumAddress
 from web3 import HTTPProvider, Web3
 from web3.contract import Contract
-from web3.exceptions import ContractLogicError, TransactionNotFound, Web3Exception, Web3RPCError
+from web3.exceptions import (
+    BadFunctionCallOutput,
+    BlockNotFound,
+    ContractLogicError,
+    RequestTimedOut,
+    TooManyRequests,
+    TransactionNotFound,
+    Web3Exception,
+    Web3RPCError,
+)
 from web3.middleware import AttributeDictMiddleware
 
 from attribution.errors import Corrupted, Rejected, Unavailable
@@ -49,6 +59,7 @@ MIN_TIP_WEI = 10**6  # op-node's and op-batcher's default
 LOG_RANGE_BLOCKS = 5_000  # nodes refuse wider ranges
 TIMEOUT_S = 30
 ALREADY_KNOWN = ("already known", "already imported", "known transaction")
+NOT_NOW = ("rate limit", "too many requests", "timed out", "header not found", "blockoutofrange")
 REFUSALS = {
     "nonce too low": "nonce_too_low",
     "replacement transaction underpriced": "replacement_underpriced",
@@ -353,10 +364,19 @@ def _translated(*kept: type[Exception]) -> Iterator[None]:
     except ContractLogicError as error:
         name, words = _contract_error(error.data)
         raise Rejected("reverted", words or str(error), field=name) from error
+    except (BadFunctionCallOutput, BlockNotFound) as error:
+        raise Unavailable("not_on_chain_yet", f"at this block: {error}") from error
+    except (RequestTimedOut, TooManyRequests) as error:
+        raise Unavailable("chain_unavailable", f"the node is busy: {error}") from error
     except Web3RPCError as error:
+        said = str(error.message or error).lower()
+        if any(words in said for words in NOT_NOW):
+            raise Unavailable("chain_unavailable", f"the node is busy: {error}") from error
         raise Rejected("refused_by_node", str(error.message or error)) from error
     except Web3Exception as error:
         raise Corrupted("chain_answer", f"{type(error).__name__}: {error}") from error
+    except JSONDecodeError as error:
+        raise Unavailable("chain_unavailable", f"what answers is no node: {error}") from error
     except OSError as error:  # every failure of the HTTP client is one
         raise Unavailable("chain_unavailable", f"no answer from the node: {error}") from error
 

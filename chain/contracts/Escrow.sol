@@ -4,6 +4,7 @@ pragma solidity 0.8.37;
 import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
 import {IERC20Permit} from "@openzeppelin/contracts/token/ERC20/extensions/IERC20Permit.sol";
 import {SafeERC20} from "@openzeppelin/contracts/token/ERC20/utils/SafeERC20.sol";
+import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {EIP712} from "@openzeppelin/contracts/utils/cryptography/EIP712.sol";
 import {SignatureChecker} from "@openzeppelin/contracts/utils/cryptography/SignatureChecker.sol";
 import {SafeCast} from "@openzeppelin/contracts/utils/math/SafeCast.sol";
@@ -48,9 +49,7 @@ contract Escrow is IEscrow, EIP712 {
         (uint256 maxWei, uint64 expiry) = (ceiling.cumulativeMaxWei, ceiling.expiry);
         PayerState storage payer = _payers[ceiling.payer];
         if (ceiling.operator != ledger) revert NotTheLedger(ledger, ceiling.operator);
-        if (!SignatureChecker.isValidSignatureNow(ceiling.payer, ceilingDigest(ceiling), signature)) {
-            revert BadSignature(ceiling.payer);
-        }
+        if (!_isSigned(ceiling.payer, ceilingDigest(ceiling), signature)) revert BadSignature(ceiling.payer);
         if (maxWei == payer.ceilingWei && expiry == payer.expiry) return;
         if (expiry < block.timestamp) revert CeilingExpired(ceiling.payer, expiry, block.timestamp);
         if (maxWei < payer.ceilingWei || expiry < payer.expiry) {
@@ -131,6 +130,14 @@ contract Escrow is IEscrow, EIP712 {
         state.capturedWei = uint128(cumulativeWei); // fits: at most the deposit
         amountWei = cumulativeWei - capturedWei;
         emit Captured(payer, batchId, amountWei, cumulativeWei);
+    }
+
+    /// @dev The key's own signature counts whatever code its account has taken on meanwhile (EIP-7702): a payer
+    /// cannot unsign what was served already.
+    function _isSigned(address payer, bytes32 digest, bytes calldata signature) private view returns (bool) {
+        (address signer, ECDSA.RecoverError fault,) = ECDSA.tryRecoverCalldata(digest, signature);
+        if (fault == ECDSA.RecoverError.NoError && signer == payer) return true;
+        return SignatureChecker.isValidERC1271SignatureNow(payer, digest, signature);
     }
 
     function _requireWholeGwei(uint256 amountWei) private pure {

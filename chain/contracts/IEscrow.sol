@@ -71,7 +71,8 @@ interface IEscrow {
     function depositWithPermit(address payer, uint256 amountWei, uint256 deadline, uint8 v, bytes32 r, bytes32 s)
         external;
 
-    /// @notice Record a signed ceiling (EOA or ERC-1271). Anyone may carry it; the one on record does nothing.
+    /// @notice Record a ceiling signed by the payer's key, or by its contract (ERC-1271). Anyone may carry it; the
+    /// one on record does nothing.
     function authorize(SpendCeiling calldata ceiling, bytes calldata signature) external;
 
     /// @notice Move what each payer has newly spent to the distributor. Ledger only.

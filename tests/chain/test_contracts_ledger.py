@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from attribution.hashing import keccak256
 from attribution.payload import WEI_PER_GWEI
 from attribution.types import Capture
+from chain import anvil
 from chain.events import BatchCommitted, Captured, CeilingAuthorized, Deposited
 from chain.transactions import Call
 from cluster.signatures import SpendCeiling, digest
@@ -17,6 +18,8 @@ from tests.chain.refusals import refused
 from tests.chain.stage import FAR, Stage, address, expected_head
 
 pytestmark = pytest.mark.evm
+REFUSING_CODE = "0x60206000f3"  # returns 32 zero bytes
+CONFIRMING_CODE = "0x631626ba7e60e01b60005260206000f3"  # returns ERC-1271's magic value
 
 
 def test_a_batch_captures_its_fees_and_extends_the_head_chain(stage: Stage) -> None:
@@ -146,6 +149,26 @@ def test_a_ceiling_is_never_lowered_or_shortened(stage: Stage) -> None:
     stage.authorize("alice", ceiling_gwei=101, expiry=FAR + 1)
     authorized = [event for event in stage.rollup.events() if isinstance(event, CeilingAuthorized)]
     assert [event.cumulative_max_wei // WEI_PER_GWEI for event in authorized] == [100, 101]
+
+
+def test_a_key_cannot_unsign_by_taking_on_code(stage: Stage) -> None:
+    """An account that delegates to code (EIP-7702) stays bound by what its key signed."""
+    anvil.ask(stage.rpc_url, "anvil_setCode", "0x" + address("alice").hex(), REFUSING_CODE)
+    stage.authorize("alice", ceiling_gwei=100, expiry=FAR)
+    assert stage.rollup.payer_state(address("alice")).ceiling_wei == 100 * WEI_PER_GWEI
+
+
+def test_a_contract_may_sign_by_erc_1271(stage: Stage) -> None:
+    """It is asked; what it does not confirm does not count."""
+    wallet = b"\xcc" * 20
+    ceiling = SpendCeiling(wallet, stage.deployment.ledger, 10**12, FAR)
+    call = stage.rollup.encode_authorize(ceiling, b"whatever the wallet takes")
+    for code in ("0x", REFUSING_CODE):
+        anvil.ask(stage.rpc_url, "anvil_setCode", "0x" + wallet.hex(), code)
+        assert refused(stage, "stranger", call) == "BadSignature"
+    anvil.ask(stage.rpc_url, "anvil_setCode", "0x" + wallet.hex(), CONFIRMING_CODE)
+    stage.do("stranger", call)
+    assert stage.rollup.payer_state(wallet).ceiling_wei == 10**12
 
 
 def test_an_expired_ceiling_is_not_recorded(stage: Stage) -> None:

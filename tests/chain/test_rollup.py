@@ -1,5 +1,10 @@
 """Rollup: what a node answers becomes our values and our three refusals, and nothing else."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 
 from attribution.errors import Rejected, Unavailable
@@ -92,6 +97,51 @@ def test_a_dead_node_is_unavailable(stage: Stage) -> None:
         with pytest.raises(Unavailable) as error:
             question()
         assert error.value.code == "chain_unavailable"
+
+
+@contextmanager
+def a_node_that_says(status: int, body: bytes) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *said: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (429, b"slow down"),
+        (503, b"no backend"),
+        (200, b"<html>we are moving</html>"),
+        (200, b'{"jsonrpc": "2.0", "id": 1, "error": {"code": -32005, "message": "Rate limit reached"}}'),
+        (200, b'{"jsonrpc": "2.0", "id": 1, "error": {"code": -32000, "message": "header not found"}}'),
+    ],
+)
+def test_a_busy_node_is_unavailable(stage: Stage, status: int, body: bytes) -> None:
+    """Nothing is lost and nobody is to blame: the caller tries again."""
+    with a_node_that_says(status, body) as rpc_url, pytest.raises(Unavailable) as error:
+        Rollup(rpc_url, stage.deployment).send_raw(b"\x02\xc0")
+    assert error.value.code == "chain_unavailable"
+
+
+def test_contracts_are_unavailable_before_they_are_there(stage: Stage) -> None:
+    """A finalised block may be older than the deployment; a later one will not be."""
+    for tag in (stage.deployment.block - 1, 10**9):
+        with pytest.raises(Unavailable):
+            stage.rollup.next_batch_id(tag)
+    assert list(stage.rollup.events(tag=stage.deployment.block - 1)) == []
 
 
 def test_reads_at_an_earlier_block_see_the_earlier_state(stage: Stage) -> None:
