@@ -28,6 +28,8 @@ from cluster.database import reading
 from cluster.signatures import SpendCeiling
 from cluster.tables import BatchRow, PayerRow, PeriodRow
 
+CEILING_MARGIN_S = 600  # of chain time: so long may a batch wait for its block
+
 
 class Settler:
     """``holder`` names this process; two with one name fence each other like any two."""
@@ -165,15 +167,15 @@ class Settler:
         return []
 
     def _missing_ceiling(self, batch: Batch) -> Callable[[], list[str]] | None:
-        """How to authorise the first payer whose ceiling on chain does not cover what this batch takes."""
+        """How to authorise the first payer whose ceiling on chain does not cover what this batch takes, or
+        may end before the batch is in a block."""
+        must_last = self._world.rollup.timestamp() + CEILING_MARGIN_S
         for capture in batch.captures:
             state = self._world.rollup.payer_state(capture.payer)
             with reading(self._world.rows) as session:
                 payer = session.get_one(PayerRow, capture.payer.hex())
             signed_wei = payer.ceiling_gwei * WEI_PER_GWEI
-            is_short = (
-                capture.cumulative_gwei * WEI_PER_GWEI > state.ceiling_wei or state.expiry < self._term.now
-            )
+            is_short = capture.cumulative_gwei * WEI_PER_GWEI > state.ceiling_wei or state.expiry < must_last
             if is_short and (signed_wei > state.ceiling_wei or payer.ceiling_expiry > state.expiry):
                 ledger = self._world.rollup.addresses.ledger
                 ceiling = SpendCeiling(capture.payer, ledger, signed_wei, payer.ceiling_expiry)

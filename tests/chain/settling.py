@@ -164,16 +164,21 @@ class Books:
         with reading(self._rows) as session:
             self._accounts = {row.label: row.account_id for row in session.scalars(select(AccountRow))}
 
-    def open_payer(self, name: str, deposit_gwei: int, ceiling_gwei: int) -> None:
+    def open_payer(self, name: str, deposit_gwei: int, ceiling_gwei: int, expiry: int = FAR) -> None:
         """Deposits on chain; signs a ceiling that only the rows know yet."""
         stage = self._site.stage
         amount_wei = deposit_gwei * WEI_PER_GWEI
         stage.do("treasury", stage.rollup.encode_approve(stage.deployment.escrow, amount_wei))
         stage.do("treasury", stage.rollup.encode_deposit(address(name), amount_wei))
-        ceiling = SpendCeiling(address(name), stage.deployment.ledger, ceiling_gwei * WEI_PER_GWEI, FAR)
+        self.sign_ceiling(name, ceiling_gwei, expiry)
         with writing(self._rows) as session:
-            record_ceiling(session, address(name), ceiling_gwei, FAR, stage.sign(name, ceiling))
             self._accounts[name] = open_account(session, address(name), name, ceiling_gwei, NOW)
+
+    def sign_ceiling(self, name: str, ceiling_gwei: int, expiry: int) -> None:
+        stage = self._site.stage
+        ceiling = SpendCeiling(address(name), stage.deployment.ledger, ceiling_gwei * WEI_PER_GWEI, expiry)
+        with writing(self._rows) as session:
+            record_ceiling(session, address(name), ceiling_gwei, expiry, stage.sign(name, ceiling))
 
     def serve(self, name: str, fee_gwei: int, label: str, adapter_id: bytes = ADAPTER) -> bytes:
         """One paid answer; returns its receipt id."""

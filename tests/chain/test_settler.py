@@ -32,7 +32,7 @@ from cluster.tables import (
 )
 from tests.chain.crashing import Doom, Watched, forked
 from tests.chain.settling import AT_ONCE, MAX_TICKS, Books, Site, paid_site, rewound, settle
-from tests.chain.stage import address, key, set_stage
+from tests.chain.stage import FAR, address, key, set_stage
 
 pytestmark = pytest.mark.evm
 
@@ -377,6 +377,40 @@ def test_deposits_count_when_final_and_wishes_to_withdraw_at_once(here: Site, bo
     assert spendable() == (700, 0)
     with reading(world.rows) as session:
         assert balance(session, ESCROW) == -2200
+
+
+def test_a_batch_that_fails_on_chain_waits_for_what_it_lacks_and_takes_a_new_transaction(
+    here: Site, books: Books
+) -> None:
+    """Carol's ceiling ends while the batch waits for its block: it fails there, costs nothing more while the
+    contract would refuse it, and is settled when she has signed again."""
+    world = here.open()
+    books.open_payer("carol", 100, 100, expiry=world.rollup.timestamp() + 1000)
+    Settler(world, SettlerRules(BatchRules(max_age_s=2**40), "latest"), "one").tick()
+    books.serve("carol", 9, "hers")
+    settler = here.settler()
+    while sum(state == "final" for state in transaction_states(world)) < 2:
+        settler.tick()
+    here.rpc("evm_setAutomine", False)
+    assert any("batch:1 sent as" in line for line in settler.tick())
+    here.rpc("evm_increaseTime", 2000)
+    here.rpc("evm_mine")
+    said = settler.tick()
+    assert any("batch:1 reverted" in line for line in said)
+    assert any("CeilingExpired" in line for line in said)
+    num_signed = len(transaction_states(world))
+    assert any("CeilingExpired" in line for line in settler.tick())
+    assert len(transaction_states(world)) == num_signed
+    books.sign_ceiling("carol", 100, FAR)
+    here.rpc("evm_setAutomine", True)
+    run(here)
+    assert "reverted" in transaction_states(world)
+    assert_settled(here, num_receipts=7)
+
+
+def transaction_states(world: World) -> list[str]:
+    with reading(world.rows) as session:
+        return list(session.scalars(select(TransactionRow.state)))
 
 
 def test_many_batches_follow_one_another(here: Site, books: Books) -> None:
