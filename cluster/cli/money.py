@@ -1,0 +1,232 @@
+"""``openledger usage``, ``evidence``, ``period close``, ``claim``: what was used, why, who earned, and drawing it."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from sqlalchemy import Engine, func, select
+
+from attribution.errors import Rejected, Unavailable
+from attribution.payload import WEI_PER_GWEI, PeriodPayload, decode_period
+from attribution.types import contributor_id
+from chain import claims
+from chain.deployment import Deployment, load_deployment
+from chain.rollup import Rollup
+from chain.transactions import MinedTransaction
+from cluster import jobs
+from cluster.cli import laptop
+from cluster.cli.screen import console, table, tokens
+from cluster.config import Settings, load_settings
+from cluster.database import connect, reading
+from cluster.receipts import outbox
+from cluster.storage import open_storage
+from cluster.tables import BatchRow, ContributorRow, PayoutRow, PeriodRow
+
+period_app = typer.Typer(no_args_is_help=True)
+Key = Annotated[str, typer.Option("--key-of", help="whose API key of this laptop to use")]
+
+
+def usage(key_of: Key = "demo-payer-1") -> None:
+    """What an API key has used and paid, by model."""
+    settings = load_settings()
+    answer = get(settings, "/v1/usage", key_of)
+    columns = ["model", "requests", "prompt_tokens", "completion_tokens", "cost_gwei"]
+    rows = [[line.get(column, "") for column in columns] for line in answer["data"]]
+    table("Usage", columns, rows)
+
+
+def evidence(receipt_id: str, key_of: Key = "demo-payer-1") -> None:
+    """A receipt, the records found behind its answer, and how far it is settled."""
+    print_receipt(get(load_settings(), f"/v1/receipts/{receipt_id}", key_of))
+
+
+@period_app.command("close")
+def close() -> None:
+    """Pay out everything that is settled and not yet paid: credits, payouts, one reward root on chain."""
+    settings = load_settings()
+    period_id = close_period(settings, console.print)
+    print_payouts(settings, period_id)
+
+
+def claim(contributors: Annotated[list[str], typer.Argument(help="labels, ids or wallets; `all` for everyone")]) -> None:
+    """Draw what was earned, for its owners: the money goes to the wallets on record, the platform pays the gas."""
+    settings = load_settings()
+    engine = connect(settings.database_url)
+    ids = everyone(settings, engine) if contributors == ["all"] else [find_contributor(engine, c) for c in contributors]
+    for mined in claim_for(settings, engine, ids):
+        console.print(f"claimed in 0x{mined.tx_hash.hex()}, {mined.gas_used:,} gas")
+    rows = []
+    rollup = Rollup(settings.chain.rpc_url, deployment_of(settings))
+    for contributor in ids:
+        wallet = rollup.wallet_of(contributor)
+        held_gwei = rollup.token_balance_wei(wallet) // WEI_PER_GWEI
+        rows.append((label_of(engine, contributor), f"0x{wallet.hex()}", tokens(held_gwei)))
+    table("Wallets", ["who", "wallet", "holds"], rows)
+
+
+def close_period(settings: Settings, on_log: Callable[[str], None]) -> int:
+    """Run the job, then wait until the settler has its root on chain. Returns the period's number."""
+    engine = connect(settings.database_url)
+    wait_until(lambda: _is_settled(engine), "receipts in final batches", 120.0)
+    deployment = deployment_of(settings)
+    with reading(engine) as session:
+        period_id = int(session.scalar(select(func.max(PeriodRow.period_id))) or 0) + 1
+    spec = {
+        "chain_id": deployment.chain_id,
+        "distributor": deployment.distributor.hex(),
+        "platform": contributor_id(laptop.own_wallet(settings, "platform").address).hex(),
+        "host": contributor_id(laptop.own_wallet(settings, "host").address).hex(),
+        "pool": contributor_id(deployment.pool).hex(),
+    }
+    run_job(settings, "close_period", spec, f"close-period-{period_id}", on_log)
+    wait_until(lambda: _period_state(engine, period_id) == "final", f"period {period_id} on chain", 120.0)
+    return period_id
+
+
+def run_job(
+    settings: Settings, kind: str, spec: dict[str, Any], run_id: str, on_log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Submit, follow, and return what the pipeline said. A run that has succeeded before is not done again.
+
+    Raises:
+        Rejected: the job failed, with the pipeline's own code and words.
+    """
+    jobs.submit(settings, kind, spec, run_id)
+    outcome = jobs.wait(settings, run_id, on_log)
+    if outcome.state != "succeeded":
+        error: Any = outcome.result.get("error", {})
+        raise Rejected(error.get("code", "job_failed"), f"{run_id}: {error.get('message', 'failed')}", field=kind)
+    return dict(outcome.result)
+
+
+def claim_for(settings: Settings, engine: Engine, ids: Sequence[bytes]) -> tuple[MinedTransaction, ...]:
+    """One claim of many leaves. The wallets are put on record first, at the platform's expense."""
+    deployment = deployment_of(settings)
+    rollup = Rollup(settings.chain.rpc_url, deployment)
+    period = active_payload(settings, engine, rollup)
+    with reading(engine) as session:
+        wanted = select(ContributorRow.wallet).where(ContributorRow.contributor_id.in_([i.hex() for i in ids]))
+        wallets = [bytes.fromhex(wallet) for wallet in session.scalars(wanted)]
+    laptop.register_wallets(settings, deployment, wallets)
+    return claims.claim(rollup, laptop.own_wallet(settings, "platform").key, period, ids)
+
+
+def active_payload(settings: Settings, engine: Engine, rollup: Rollup) -> PeriodPayload:
+    """The payload of the period that is active on chain, from our archive."""
+    active = rollup.active_period().period_id
+    with reading(engine) as session:
+        row = session.get(PeriodRow, active)
+        if row is None:
+            raise Rejected("no_active_period", f"period {active} is active on chain, none of that number is ours")
+        key = f"blobs/{row.payload_hash}"
+    return decode_period(open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint).get(key))
+
+
+def everyone(settings: Settings, engine: Engine) -> list[bytes]:
+    """All who have earned and have a wallet that can use it; the pool's timelock is not among them."""
+    deployment = deployment_of(settings)
+    rewards = active_payload(settings, engine, Rollup(settings.chain.rpc_url, deployment)).rewards
+    pool = contributor_id(deployment.pool)
+    return [reward.contributor_id for reward in rewards if reward.contributor_id != pool]
+
+
+def find_contributor(engine: Engine, text: str) -> bytes:
+    """By id, wallet or label."""
+    plain = text.lower().removeprefix("0x")
+    wanted = (
+        (ContributorRow.contributor_id == plain) | (ContributorRow.wallet == plain) | (ContributorRow.label == text)
+    )
+    with reading(engine) as session:
+        found = session.scalars(select(ContributorRow.contributor_id).where(wanted)).all()
+    if len(found) != 1:
+        raise Rejected("unknown_contributor", f"{text!r} names {len(found)} contributors", field="contributor")
+    return bytes.fromhex(found[0])
+
+
+def label_of(engine: Engine, contributor: bytes) -> str:
+    with reading(engine) as session:
+        row = session.get(ContributorRow, contributor.hex())
+        return row.label if row else contributor.hex()
+
+
+def print_payouts(settings: Settings, period_id: int, top: int = 12) -> int:
+    """The statement of one period, largest lines first; returns its sum, which is the captured fees it pays."""
+    engine = connect(settings.database_url)
+    with reading(engine) as session:
+        lines = [
+            (row.role, row.contributor_id, row.amount_gwei)
+            for row in session.scalars(select(PayoutRow).where(PayoutRow.period_id == period_id))
+        ]
+    lines.sort(key=lambda line: -line[2])
+    shown = [(role, label_of(engine, bytes.fromhex(who)), tokens(amount)) for role, who, amount in lines[:top]]
+    rest = lines[top:]
+    if rest:
+        shown.append((f"{len(rest)} more", "", tokens(sum(amount for _, _, amount in rest))))
+    total = sum(amount for _, _, amount in lines)
+    table(f"Period {period_id} pays", ["role", "who", "amount"], [*shown, ("sum", "", tokens(total))])
+    return total
+
+
+def print_receipt(receipt: dict[str, Any]) -> None:
+    """Receipt first, then evidence by rank."""
+    plain = {k: v for k, v in receipt.items() if not isinstance(v, dict | list)}
+    table("Receipt", ["field", "value"], [(k, str(v)) for k, v in plain.items()])
+    found = receipt.get("evidence") or {}
+    rows = [
+        (i + 1, str(record.get("contributor", record.get("contributor_id", "")))[:40], record.get("source_key", ""),
+         str(record.get("answer", ""))[:50], record.get("kind", ""), f"{record.get('score', 0):.2f}")
+        for i, record in enumerate(found.get("records", []))
+    ]  # fmt: skip
+    table("Evidence (evidence only: money follows from the replay)", ["#", "who", "source", "answer", "kind", "score"], rows)
+
+
+def get(settings: Settings, path: str, key_of: str) -> dict[str, Any]:
+    """Ask our own public API, as anybody would."""
+    key_file = settings.home / "keys" / f"{key_of}.api-key"
+    if not key_file.exists():
+        raise Rejected("no_api_key", f"no key of {key_of!r} below {key_file.parent}", field="key_of")
+    try:
+        answer = httpx.get(
+            settings.public_url + path, headers={"Authorization": f"Bearer {key_file.read_text()}"}, timeout=30.0
+        )
+    except httpx.HTTPError as error:
+        raise Unavailable("gateway_unreachable", f"{settings.public_url}: {error}") from error
+    if answer.status_code != 200:
+        raise Rejected("refused", f"{path}: HTTP {answer.status_code}: {answer.text[:300]}")
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def deployment_of(settings: Settings) -> Deployment:
+    return load_deployment(Path(settings.chain.addresses_path))
+
+
+def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        if time.monotonic() > deadline:
+            raise Unavailable("timeout", f"{what}: not after {timeout_s:.0f} s")
+        time.sleep(0.25)
+
+
+def _is_settled(engine: Engine) -> bool:
+    """No receipt waits for a batch and no batch waits for the chain."""
+    with reading(engine) as session:
+        unfinished = session.scalar(select(func.count()).select_from(BatchRow).where(BatchRow.state != "final"))
+        return outbox(session).num_receipts == 0 and unfinished == 0
+
+
+def _period_state(engine: Engine, period_id: int) -> str:
+    with reading(engine) as session:
+        row = session.get(PeriodRow, period_id)
+        return row.state if row else ""
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(usage)
+    app.command()(evidence)
+    app.command()(claim)
+    app.add_typer(period_app, name="period", help="Payout periods.")
