@@ -1,9 +1,8 @@
 """``openledger datanet``: open one, contribute to it, turn what was contributed into a sealed manifest."""
 
-import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,11 +21,11 @@ from cluster.tables import DatanetRow, RecordRow, ShardRow
 from pipelines.sources import computing_terms, python_lint
 from pipelines.sources.drafts import ShardDraft
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+datanet_app = typer.Typer(no_args_is_help=True)
 SOURCES = ("python-lint", "computing-terms")
 
 
-@app.command("list")
+@datanet_app.command("list")
 def list_datanets() -> None:
     """Every Datanet with its shards and records."""
     engine = connect(load_settings().database_url)
@@ -47,7 +46,7 @@ def list_datanets() -> None:
     table("Datanets", ["name", "title", "licence", "shards", "records kept"], rows)
 
 
-@app.command("fill")
+@datanet_app.command("fill")
 def fill(source: Annotated[str, typer.Argument(help=" or ".join(SOURCES))]) -> None:
     """Open a real Datanet and let its demo contributors commit to, reveal and sign their shards."""
     settings = load_settings()
@@ -58,7 +57,7 @@ def fill(source: Annotated[str, typer.Argument(help=" or ".join(SOURCES))]) -> N
     )
 
 
-@app.command("contribute")
+@datanet_app.command("contribute")
 def contribute_file(
     datanet: str, file: Path, wallet: Annotated[str, typer.Option(help="name of a wallet of this laptop")]
 ) -> None:
@@ -83,7 +82,13 @@ def from_source(settings: Settings, source: str) -> tuple[Datanet, Sequence[Shar
     raise Rejected("unknown_source", f"{source!r} is none of {', '.join(SOURCES)}", field="source")
 
 
-def contribute(settings: Settings, engine: Engine, datanet: Datanet, drafts: Sequence[ShardDraft]) -> int:
+def contribute(
+    settings: Settings,
+    engine: Engine,
+    datanet: Datanet,
+    drafts: Sequence[ShardDraft],
+    on_shard: Callable[[], None] = lambda: None,
+) -> int:
     """Open the Datanet and contribute every draft under its demo key; returns how many were not there yet."""
     with writing(engine) as session:
         owner = laptop.own_wallet(settings, "platform").address
@@ -98,6 +103,7 @@ def contribute(settings: Settings, engine: Engine, datanet: Datanet, drafts: Seq
         except Rejected as refusal:
             if refusal.code != "duplicate_shard":
                 raise
+        on_shard()
     return num_new
 
 
@@ -119,7 +125,5 @@ def contribute_shard(
     return contributions.reveal(engine, storage, sent, data, domain, now).committed_seq
 
 
-def manifest_summary(outcome_json: str) -> dict[str, object]:
-    """What the ingest job counted, as it wrote it into its run."""
-    summary: dict[str, object] = json.loads(outcome_json)
-    return summary
+def register(app: typer.Typer) -> None:
+    app.add_typer(datanet_app, name="datanet", help="Datanets and what is contributed to them.")

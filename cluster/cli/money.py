@@ -1,4 +1,6 @@
-"""``openledger usage``, ``evidence``, ``period close``, ``claim``: what was used, why, who earned, and drawing it."""
+"""``openledger usage``, ``evidence``, ``period close``, ``claim``: what was used, why, who earned, and
+drawing it.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -51,11 +53,19 @@ def close() -> None:
     print_payouts(settings, period_id)
 
 
-def claim(contributors: Annotated[list[str], typer.Argument(help="labels, ids or wallets; `all` for everyone")]) -> None:
-    """Draw what was earned, for its owners: the money goes to the wallets on record, the platform pays the gas."""
+def claim(
+    contributors: Annotated[list[str], typer.Argument(help="labels, ids or wallets; `all` for everyone")],
+) -> None:
+    """Draw what was earned, for its owners: the money goes to the wallets on record, the platform pays the
+    gas.
+    """
     settings = load_settings()
     engine = connect(settings.database_url)
-    ids = everyone(settings, engine) if contributors == ["all"] else [find_contributor(engine, c) for c in contributors]
+    ids = (
+        everyone(settings, engine)
+        if contributors == ["all"]
+        else [find_contributor(engine, c) for c in contributors]
+    )
     for mined in claim_for(settings, engine, ids):
         console.print(f"claimed in 0x{mined.tx_hash.hex()}, {mined.gas_used:,} gas")
     rows = []
@@ -70,7 +80,7 @@ def claim(contributors: Annotated[list[str], typer.Argument(help="labels, ids or
 def close_period(settings: Settings, on_log: Callable[[str], None]) -> int:
     """Run the job, then wait until the settler has its root on chain. Returns the period's number."""
     engine = connect(settings.database_url)
-    wait_until(lambda: _is_settled(engine), "receipts in final batches", 120.0)
+    wait_until(lambda: is_settled(engine), "receipts in final batches", 120.0)
     deployment = deployment_of(settings)
     with reading(engine) as session:
         period_id = int(session.scalar(select(func.max(PeriodRow.period_id))) or 0) + 1
@@ -98,7 +108,9 @@ def run_job(
     outcome = jobs.wait(settings, run_id, on_log)
     if outcome.state != "succeeded":
         error: Any = outcome.result.get("error", {})
-        raise Rejected(error.get("code", "job_failed"), f"{run_id}: {error.get('message', 'failed')}", field=kind)
+        raise Rejected(
+            error.get("code", "job_failed"), f"{run_id}: {error.get('message', 'failed')}", field=kind
+        )
     return dict(outcome.result)
 
 
@@ -108,7 +120,9 @@ def claim_for(settings: Settings, engine: Engine, ids: Sequence[bytes]) -> tuple
     rollup = Rollup(settings.chain.rpc_url, deployment)
     period = active_payload(settings, engine, rollup)
     with reading(engine) as session:
-        wanted = select(ContributorRow.wallet).where(ContributorRow.contributor_id.in_([i.hex() for i in ids]))
+        wanted = select(ContributorRow.wallet).where(
+            ContributorRow.contributor_id.in_([i.hex() for i in ids])
+        )
         wallets = [bytes.fromhex(wallet) for wallet in session.scalars(wanted)]
     laptop.register_wallets(settings, deployment, wallets)
     return claims.claim(rollup, laptop.own_wallet(settings, "platform").key, period, ids)
@@ -120,7 +134,9 @@ def active_payload(settings: Settings, engine: Engine, rollup: Rollup) -> Period
     with reading(engine) as session:
         row = session.get(PeriodRow, active)
         if row is None:
-            raise Rejected("no_active_period", f"period {active} is active on chain, none of that number is ours")
+            raise Rejected(
+                "no_active_period", f"period {active} is active on chain, none of that number is ours"
+            )
         key = f"blobs/{row.payload_hash}"
     return decode_period(open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint).get(key))
 
@@ -137,12 +153,16 @@ def find_contributor(engine: Engine, text: str) -> bytes:
     """By id, wallet or label."""
     plain = text.lower().removeprefix("0x")
     wanted = (
-        (ContributorRow.contributor_id == plain) | (ContributorRow.wallet == plain) | (ContributorRow.label == text)
+        (ContributorRow.contributor_id == plain)
+        | (ContributorRow.wallet == plain)
+        | (ContributorRow.label == text)
     )
     with reading(engine) as session:
         found = session.scalars(select(ContributorRow.contributor_id).where(wanted)).all()
     if len(found) != 1:
-        raise Rejected("unknown_contributor", f"{text!r} names {len(found)} contributors", field="contributor")
+        raise Rejected(
+            "unknown_contributor", f"{text!r} names {len(found)} contributors", field="contributor"
+        )
     return bytes.fromhex(found[0])
 
 
@@ -153,7 +173,7 @@ def label_of(engine: Engine, contributor: bytes) -> str:
 
 
 def print_payouts(settings: Settings, period_id: int, top: int = 12) -> int:
-    """The statement of one period, largest lines first; returns its sum, which is the captured fees it pays."""
+    """The statement of one period, largest lines first; returns the sum that it pays."""
     engine = connect(settings.database_url)
     with reading(engine) as session:
         lines = [
@@ -161,7 +181,9 @@ def print_payouts(settings: Settings, period_id: int, top: int = 12) -> int:
             for row in session.scalars(select(PayoutRow).where(PayoutRow.period_id == period_id))
         ]
     lines.sort(key=lambda line: -line[2])
-    shown = [(role, label_of(engine, bytes.fromhex(who)), tokens(amount)) for role, who, amount in lines[:top]]
+    shown = [
+        (role, label_of(engine, bytes.fromhex(who)), tokens(amount)) for role, who, amount in lines[:top]
+    ]
     rest = lines[top:]
     if rest:
         shown.append((f"{len(rest)} more", "", tokens(sum(amount for _, _, amount in rest))))
@@ -170,17 +192,49 @@ def print_payouts(settings: Settings, period_id: int, top: int = 12) -> int:
     return total
 
 
+def captured_gwei(engine: Engine, period_id: int) -> int:
+    """The fees captured by the period's batches."""
+    with reading(engine) as session:
+        period = session.get_one(PeriodRow, period_id)
+        within = BatchRow.batch_id.between(period.first_batch, period.last_batch)
+        return int(session.scalar(select(func.sum(BatchRow.fee_gwei)).where(within)) or 0)
+
+
+def best_paid(engine: Engine, period_id: int) -> bytes:
+    """The contributor with the largest line of the period."""
+    lines = select(PayoutRow.contributor_id).where(
+        PayoutRow.period_id == period_id, PayoutRow.role == "contributor"
+    )
+    with reading(engine) as session:
+        found = session.scalar(lines.order_by(PayoutRow.amount_gwei.desc()).limit(1))
+    if found is None:
+        raise Rejected("nobody_earned", f"period {period_id} pays no contributor", http_status=404)
+    return bytes.fromhex(found)
+
+
+def wallet_of(engine: Engine, contributor: bytes) -> bytes:
+    with reading(engine) as session:
+        return bytes.fromhex(session.get_one(ContributorRow, contributor.hex()).wallet)
+
+
 def print_receipt(receipt: dict[str, Any]) -> None:
     """Receipt first, then evidence by rank."""
     plain = {k: v for k, v in receipt.items() if not isinstance(v, dict | list)}
     table("Receipt", ["field", "value"], [(k, str(v)) for k, v in plain.items()])
     found = receipt.get("evidence") or {}
     rows = [
-        (i + 1, str(record.get("contributor", record.get("contributor_id", "")))[:40], record.get("source_key", ""),
-         str(record.get("answer", ""))[:50], record.get("kind", ""), f"{record.get('score', 0):.2f}")
-        for i, record in enumerate(found.get("records", []))
-    ]  # fmt: skip
-    table("Evidence (evidence only: money follows from the replay)", ["#", "who", "source", "answer", "kind", "score"], rows)
+        (
+            rank,
+            record["contributor"],
+            record["source_key"],
+            record["answer"][:50],
+            record["kinds"],
+            record["score"],
+        )
+        for rank, record in enumerate(found.get("records", []), start=1)
+    ]
+    columns = ["#", "contributor", "source", "answer", "found by", "score"]
+    table("Evidence (evidence only: money follows from the period's credits)", columns, rows)
 
 
 def get(settings: Settings, path: str, key_of: str) -> dict[str, Any]:
@@ -190,7 +244,9 @@ def get(settings: Settings, path: str, key_of: str) -> dict[str, Any]:
         raise Rejected("no_api_key", f"no key of {key_of!r} below {key_file.parent}", field="key_of")
     try:
         answer = httpx.get(
-            settings.public_url + path, headers={"Authorization": f"Bearer {key_file.read_text()}"}, timeout=30.0
+            settings.public_url + path,
+            headers={"Authorization": f"Bearer {key_file.read_text()}"},
+            timeout=30.0,
         )
     except httpx.HTTPError as error:
         raise Unavailable("gateway_unreachable", f"{settings.public_url}: {error}") from error
@@ -212,10 +268,12 @@ def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float) -> None:
         time.sleep(0.25)
 
 
-def _is_settled(engine: Engine) -> bool:
+def is_settled(engine: Engine) -> bool:
     """No receipt waits for a batch and no batch waits for the chain."""
     with reading(engine) as session:
-        unfinished = session.scalar(select(func.count()).select_from(BatchRow).where(BatchRow.state != "final"))
+        unfinished = session.scalar(
+            select(func.count()).select_from(BatchRow).where(BatchRow.state != "final")
+        )
         return outbox(session).num_receipts == 0 and unfinished == 0
 
 

@@ -1,4 +1,6 @@
-"""``openledger up``, ``down``, ``status``: the whole platform on one machine, found again by every other command."""
+"""``openledger up``, ``down``, ``status``: the whole platform on one machine, found again by every other
+command.
+"""
 
 import shutil
 import time
@@ -15,7 +17,7 @@ from chain.deployment import Deployment, load_deployment
 from chain.rollup import Rollup
 from cluster import head, processes
 from cluster.cli import laptop, people
-from cluster.cli.screen import console, table
+from cluster.cli.screen import table
 from cluster.config import Settings, load_settings
 from cluster.database import connect, migrate
 from cluster.models import base_model
@@ -26,7 +28,7 @@ CACHES = ("node", "models", "packages")  # set-up, not results: kept when everyt
 
 
 def up() -> None:
-    """Start everything that does not run yet: rollup, DA, contracts, signer, Ray, settler, gateway, engine."""
+    """Start what does not run yet: rollup, DA, contracts, signer, Ray, settler, gateway, engine."""
     settings = load_settings()
     start_ground(settings)
     start_services(settings)

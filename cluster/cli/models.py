@@ -1,0 +1,122 @@
+"""``openledger train``, ``eval``, ``deploy``, ``chat``: from a spec to an adapter that answers."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+import yaml
+
+from attribution.errors import Rejected, Unavailable
+from cluster import adapters
+from cluster.cli import money
+from cluster.cli.screen import console, table
+from cluster.config import Settings, load_settings
+from cluster.database import connect, writing
+
+CHAT_TIMEOUT_S = 300.0
+
+
+def train(spec: Annotated[Path, typer.Argument(help="YAML, see configs/train-python-lint.yaml")]) -> None:
+    """Fine-tune an adapter on sealed manifests. The same spec again is answered from what it made before."""
+    settings = load_settings()
+    document = read_spec(spec)
+    outcome = money.run_job(settings, "finetune", document, run_id("finetune", document), console.print)
+    print_outcome("Training", outcome)
+
+
+def eval_model(spec: Annotated[Path, typer.Argument(help="YAML with the adapter and the questions")]) -> None:
+    """Base and tuned side by side on held-out wordings and never-trained controls."""
+    settings = load_settings()
+    document = read_spec(spec)
+    print_outcome(
+        "Evaluation",
+        money.run_job(settings, "evaluate", document, run_id("evaluate", document), console.print),
+    )
+
+
+def deploy(ref: Annotated[str, typer.Argument(help="owner/model@version")]) -> None:
+    """Make this version what the bare name means. Workers load it with the first request that asks for it."""
+    settings = load_settings()
+    with writing(connect(settings.database_url)) as session:
+        adapter = adapters.promote(session, ref)
+    console.print(f"{adapter.name} is now {adapter.ref}, adapter {adapter.adapter_id.hex()}")
+
+
+def chat(model: str, question: str, key_of: money.Key = "demo-payer-1") -> None:
+    """Ask one question, watch the answer come, then see its receipt and evidence."""
+    settings = load_settings()
+    last: dict[str, Any] = {}
+    for piece, event in stream(settings, model, question, key_of):
+        console.print(piece, end="")
+        last = event
+    console.print()
+    receipt_id = last.get("openledger", {}).get("receipt_id", "")
+    usage = last.get("usage") or {}
+    console.print(f"[dim]receipt {receipt_id}, cost {usage.get('cost_gwei', '?')} gwei[/]")
+
+
+def stream(
+    settings: Settings, model: str, question: str, key_of: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Pieces of the answer with the events that brought them, over HTTP and SSE like any client."""
+    key = (settings.home / "keys" / f"{key_of}.api-key").read_text()
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": 48,
+    }
+    headers = {"Authorization": f"Bearer {key}"}
+    url = f"{settings.public_url}/v1/chat/completions"
+    try:
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=CHAT_TIMEOUT_S) as answer:
+            if answer.status_code != 200:
+                text = answer.read().decode(errors="replace")
+                raise Rejected("refused", f"HTTP {answer.status_code}: {text[:300]}")
+            for line in answer.iter_lines():
+                data = line.removeprefix("data: ")
+                if data == line or data == "[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise Unavailable("stream_broken", str(event["error"].get("message")))
+                choices = event.get("choices") or [{}]
+                yield choices[0].get("delta", {}).get("content") or "", event
+    except httpx.HTTPError as error:
+        raise Unavailable("gateway_unreachable", f"{url}: {error}") from error
+
+
+def read_spec(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise Rejected("spec_unreadable", f"{path}: {error}", field="spec") from error
+    if not isinstance(document, dict):
+        raise Rejected("spec_unreadable", f"{path} holds no mapping", field="spec")
+    return document
+
+
+def run_id(kind: str, spec: dict[str, Any]) -> str:
+    """Named by its content: the same work is the same run, and is done once."""
+    canonical = json.dumps(spec, sort_keys=True, separators=(",", ":"))
+    return f"{kind}-{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
+
+
+def print_outcome(title: str, outcome: dict[str, Any]) -> None:
+    table(
+        title,
+        ["figure", "value"],
+        [(k, json.dumps(v) if isinstance(v, dict | list) else v) for k, v in outcome.items()],
+    )
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(train)
+    app.command("eval")(eval_model)
+    app.command()(deploy)
+    app.command()(chat)
