@@ -102,6 +102,14 @@ def wait(
     raise Unavailable("run_timeout", f"{run_id}: no end after {timeout_s} s")
 
 
+def is_done(settings: Settings, run_id: str) -> bool:
+    """Whether a run of this id has succeeded, so that submitting it again would do nothing."""
+    try:
+        return outcome_of(settings, run_id).state == "succeeded"
+    except Rejected:
+        return False
+
+
 def outcome_of(settings: Settings, run_id: str) -> Outcome:
     """How a run stands according to its row; Ray is not asked."""
     engine = connect(settings.database_url)

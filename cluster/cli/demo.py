@@ -269,10 +269,8 @@ def claim(stage: Stage, period_id: int) -> None:
 
 def job(stage: Stage, kind: str, spec: dict[str, Any], run_id: str) -> dict[str, Any]:
     """As ``ray job submit`` would; a run of the same content that has succeeded is reused, and it is said."""
-    known = jobs.find(stage.settings, run_id)
-    if known is not None and known.state == "succeeded":
+    if jobs.is_done(stage.settings, run_id):
         console.print(f"reused: run {run_id} has this content")
-        return dict(known.result)
     return money.run_job(stage.settings, kind, spec, run_id, show_log)
 
 
