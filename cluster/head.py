@@ -122,16 +122,16 @@ def token_header(settings: Settings) -> dict[str, str]:
         raise Unavailable("ray_not_started", f"no token at {settings.ray.token_path}") from error
 
 
-def enter(settings: Settings) -> Head:
+def prepare_environment(settings: Settings) -> None:
     """Make this process a driver's: call it before anything here imports ``ray``, which reads the environment
     then. Inside a job of the head everything is set already, and this changes nothing."""
     os.environ.update(_driver_environment(settings))
-    return find(settings)
 
 
 def connect_driver(settings: Settings) -> None:
     """``ray.init`` to our head, in our namespace; a process that is connected stays so."""
-    head = enter(settings)
+    prepare_environment(settings)
+    head = find(settings)
     import ray
 
     if not ray.is_initialized():

@@ -2,49 +2,44 @@
 database.
 """
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import typer
-
+from attribution.errors import Rejected
 from chain.audit import audit_arithmetic
 from chain.da import DaClient
 from chain.deployment import load_deployment
 from chain.payload_source import PayloadSource
 from chain.rollup import Rollup
-from cluster.config import load_settings
+from cluster.config import Settings
 from cluster.storage import open_storage
 
-FOUND_SOMETHING = 4
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where an auditor looks; empty means what the settings say, ``none`` means nowhere."""
+
+    rpc: str
+    addresses: Path | None
+    da: str
+    archive: str
+    tag: str
 
 
-def audit(
-    rpc: Annotated[str, typer.Option(help="JSON-RPC address of the rollup; default: chain.rpc_url")] = "",
-    addresses: Annotated[
-        Path | None, typer.Option(help="deployment file; default: chain.addresses_path")
-    ] = None,
-    da: Annotated[str, typer.Option(help="eigenda-proxy; `none` for the archive alone")] = "",
-    archive: Annotated[
-        str, typer.Option(help="file:DIRECTORY or s3://BUCKET/PREFIX; `none` for DA alone")
-    ] = "",
-    tag: Annotated[str, typer.Option(help="latest, safe or finalized")] = "latest",
-    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
-) -> None:
-    """The arithmetic audit: every capture, payout and root, the same integers. Exits 4 if anything does not
-    hold.
-    """
-    settings = load_settings()
-    da_url, archive_url = da or settings.chain.da_url, archive or settings.storage_url
+def audit(settings: Settings, where: Where, provenance: bool, as_json: bool) -> bool:
+    """Print the audit and return whether everything holds."""
+    da_url, archive_url = where.da or settings.chain.da_url, where.archive or settings.storage_url
     source = PayloadSource(
         None if da_url == "none" else DaClient(da_url, settings.chain.da_mode, patience_s=5.0),
         None if archive_url == "none" else open_storage(archive_url, s3_endpoint=settings.s3_endpoint),
     )
-    deployment = load_deployment(addresses or Path(settings.chain.addresses_path))
-    report = audit_arithmetic(Rollup(rpc or settings.chain.rpc_url, deployment), source, block_tag(tag))
-    print(report.to_json() if as_json else report.to_text())
-    if not report.is_clean:
-        sys.exit(FOUND_SOMETHING)
+    deployment = load_deployment(where.addresses or Path(settings.chain.addresses_path))
+    rollup = Rollup(where.rpc or settings.chain.rpc_url, deployment)
+    reports = [audit_arithmetic(rollup, source, block_tag(where.tag))]
+    for report in reports:
+        print(report.to_json() if as_json else report.to_text())
+    return all(report.is_clean for report in reports)
 
 
 def block_tag(text: str) -> Literal["latest", "safe", "finalized"]:
@@ -52,8 +47,4 @@ def block_tag(text: str) -> Literal["latest", "safe", "finalized"]:
         case "latest" | "safe" | "finalized":
             return text
         case _:
-            raise typer.BadParameter(f"{text!r} is none of latest, safe, finalized")
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(audit)
+            raise Rejected("bad_tag", f"{text!r} is none of latest, safe, finalized", field="tag")

@@ -4,16 +4,14 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from sqlalchemy import Engine, func, select
 
 from attribution.errors import Rejected
 from cluster import contributions, signatures
 from cluster.cli import laptop
 from cluster.cli.screen import console, table
-from cluster.config import Settings, load_settings
+from cluster.config import Settings
 from cluster.database import connect, reading, writing
 from cluster.datanets import Datanet, open_datanet
 from cluster.storage import open_storage
@@ -21,14 +19,11 @@ from cluster.tables import DatanetRow, RecordRow, ShardRow
 from pipelines.sources import computing_terms, python_lint
 from pipelines.sources.drafts import ShardDraft
 
-datanet_app = typer.Typer(no_args_is_help=True)
 SOURCES = ("python-lint", "computing-terms")
 
 
-@datanet_app.command("list")
-def list_datanets() -> None:
-    """Every Datanet with its shards and records."""
-    engine = connect(load_settings().database_url)
+def list_datanets(settings: Settings) -> None:
+    engine = connect(settings.database_url)
     with reading(engine) as session:
         shards = dict(
             session.execute(select(ShardRow.datanet, func.count()).group_by(ShardRow.datanet)).tuples()
@@ -46,10 +41,7 @@ def list_datanets() -> None:
     table("Datanets", ["name", "title", "licence", "shards", "records kept"], rows)
 
 
-@datanet_app.command("fill")
-def fill(source: Annotated[str, typer.Argument(help=" or ".join(SOURCES))]) -> None:
-    """Open a real Datanet and let its demo contributors commit to, reveal and sign their shards."""
-    settings = load_settings()
+def fill(settings: Settings, source: str) -> None:
     datanet, drafts = from_source(settings, source)
     num_new = contribute(settings, connect(settings.database_url), datanet, drafts)
     console.print(
@@ -57,12 +49,7 @@ def fill(source: Annotated[str, typer.Argument(help=" or ".join(SOURCES))]) -> N
     )
 
 
-@datanet_app.command("contribute")
-def contribute_file(
-    datanet: str, file: Path, wallet: Annotated[str, typer.Option(help="name of a wallet of this laptop")]
-) -> None:
-    """Commit to a JSON Lines file, reveal it and sign: one row is {subject, answer, text, source, …}."""
-    settings = load_settings()
+def contribute_file(settings: Settings, datanet: str, file: Path, wallet: str) -> None:
     owner = laptop.own_wallet(settings, wallet)
     try:
         data = file.read_bytes()
@@ -123,7 +110,3 @@ def contribute_shard(
     storage = open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint)
     sent = contributions.Reveal(claim, salt, signature)
     return contributions.reveal(engine, storage, sent, data, domain, now).committed_seq
-
-
-def register(app: typer.Typer) -> None:
-    app.add_typer(datanet_app, name="datanet", help="Datanets and what is contributed to them.")

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import httpx
-import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sqlalchemy import Engine, func, select
 
@@ -24,7 +23,7 @@ from chain.rollup import Rollup
 from cluster import jobs
 from cluster.cli import data, laptop, models, money, people, stack
 from cluster.cli.screen import Story, console, table, tokens
-from cluster.config import Settings, load_settings
+from cluster.config import Settings
 from cluster.database import connect, reading
 from cluster.storage import get_content, open_storage
 from cluster.tables import BatchRow, ReceiptRow, ShardRow
@@ -58,13 +57,7 @@ class Stage:
     story: Story
 
 
-def demo(
-    fresh: Annotated[
-        bool, typer.Option(help="redo everything but the set-up: forget all results first")
-    ] = False,
-) -> None:
-    """From shard to claim in one command: contribute, train, answer, settle, pay, claim. Then it stays up."""
-    settings = load_settings()
+def demo(settings: Settings, fresh: bool) -> None:
     story = Story()
     if fresh:
         stack.stop(settings)

@@ -4,51 +4,35 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import httpx
-import typer
 import yaml
 
 from attribution.errors import Rejected, Unavailable
 from cluster import adapters
 from cluster.cli import money
 from cluster.cli.screen import console, table
-from cluster.config import Settings, load_settings
+from cluster.config import Settings
 from cluster.database import connect, writing
 
 CHAT_TIMEOUT_S = 300.0
 
 
-def train(spec: Annotated[Path, typer.Argument(help="YAML, see configs/train-python-lint.yaml")]) -> None:
-    """Fine-tune an adapter on sealed manifests. The same spec again is answered from what it made before."""
-    settings = load_settings()
-    document = read_spec(spec)
-    outcome = money.run_job(settings, "finetune", document, run_id("finetune", document), console.print)
-    print_outcome("Training", outcome)
+def run_spec(settings: Settings, kind: str, path: Path) -> None:
+    """Run one pipeline on a YAML file; the run is named by its content unless the file names it."""
+    spec = read_spec(path)
+    name = str(spec.pop("run_id", "")) or run_id(kind, spec)
+    print_outcome(f"{kind} {name}", money.run_job(settings, kind, spec, name, console.print))
 
 
-def eval_model(spec: Annotated[Path, typer.Argument(help="YAML with the adapter and the questions")]) -> None:
-    """Base and tuned side by side on held-out wordings and never-trained controls."""
-    settings = load_settings()
-    document = read_spec(spec)
-    print_outcome(
-        "Evaluation",
-        money.run_job(settings, "evaluate", document, run_id("evaluate", document), console.print),
-    )
-
-
-def deploy(ref: Annotated[str, typer.Argument(help="owner/model@version")]) -> None:
-    """Make this version what the bare name means. Workers load it with the first request that asks for it."""
-    settings = load_settings()
+def deploy(settings: Settings, ref: str) -> None:
     with writing(connect(settings.database_url)) as session:
         adapter = adapters.promote(session, ref)
     console.print(f"{adapter.name} is now {adapter.ref}, adapter {adapter.adapter_id.hex()}")
 
 
-def chat(model: str, question: str, key_of: money.Key = "demo-payer-1") -> None:
-    """Ask one question, watch the answer come, then see its receipt and evidence."""
-    settings = load_settings()
+def chat(settings: Settings, model: str, question: str, key_of: str) -> None:
     last: dict[str, Any] = {}
     for piece, event in stream(settings, model, question, key_of):
         console.print(piece, end="")
@@ -113,10 +97,3 @@ def print_outcome(title: str, outcome: dict[str, Any]) -> None:
         ["figure", "value"],
         [(k, json.dumps(v) if isinstance(v, dict | list) else v) for k, v in outcome.items()],
     )
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(train)
-    app.command("eval")(eval_model)
-    app.command()(deploy)
-    app.command()(chat)

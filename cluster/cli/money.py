@@ -5,10 +5,9 @@ drawing it.
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import httpx
-import typer
 from sqlalchemy import Engine, func, select
 
 from attribution.errors import Rejected, Unavailable
@@ -21,49 +20,34 @@ from chain.transactions import MinedTransaction
 from cluster import jobs
 from cluster.cli import laptop
 from cluster.cli.screen import console, table, tokens
-from cluster.config import Settings, load_settings
+from cluster.config import Settings
 from cluster.database import connect, reading
 from cluster.receipts import outbox
 from cluster.storage import open_storage
 from cluster.tables import BatchRow, ContributorRow, PayoutRow, PeriodRow
 
-period_app = typer.Typer(no_args_is_help=True)
-Key = Annotated[str, typer.Option("--key-of", help="whose API key of this laptop to use")]
 
-
-def usage(key_of: Key = "demo-payer-1") -> None:
-    """What an API key has used and paid, by model."""
-    settings = load_settings()
+def usage(settings: Settings, key_of: str) -> None:
     answer = get(settings, "/v1/usage", key_of)
     columns = ["model", "requests", "prompt_tokens", "completion_tokens", "cost_gwei"]
     rows = [[line.get(column, "") for column in columns] for line in answer["data"]]
     table("Usage", columns, rows)
 
 
-def evidence(receipt_id: str, key_of: Key = "demo-payer-1") -> None:
-    """A receipt, the records found behind its answer, and how far it is settled."""
-    print_receipt(get(load_settings(), f"/v1/receipts/{receipt_id}", key_of))
+def evidence(settings: Settings, receipt_id: str, key_of: str) -> None:
+    print_receipt(get(settings, f"/v1/receipts/{receipt_id}", key_of))
 
 
-@period_app.command("close")
-def close() -> None:
-    """Pay out everything that is settled and not yet paid: credits, payouts, one reward root on chain."""
-    settings = load_settings()
+def close(settings: Settings) -> None:
     period_id = close_period(settings, console.print)
     print_payouts(settings, period_id)
 
 
-def claim(
-    contributors: Annotated[list[str], typer.Argument(help="labels, ids or wallets; `all` for everyone")],
-) -> None:
-    """Draw what was earned, for its owners: the money goes to the wallets on record, the platform pays the
-    gas.
-    """
-    settings = load_settings()
+def claim(settings: Settings, contributors: Sequence[str]) -> None:
     engine = connect(settings.database_url)
     ids = (
         everyone(settings, engine)
-        if contributors == ["all"]
+        if list(contributors) == ["all"]
         else [find_contributor(engine, c) for c in contributors]
     )
     for mined in claim_for(settings, engine, ids):
@@ -281,10 +265,3 @@ def _period_state(engine: Engine, period_id: int) -> str:
     with reading(engine) as session:
         row = session.get(PeriodRow, period_id)
         return row.state if row else ""
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(usage)
-    app.command()(evidence)
-    app.command()(claim)
-    app.add_typer(period_app, name="period", help="Payout periods.")

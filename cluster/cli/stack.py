@@ -6,10 +6,8 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
 import httpx
-import typer
 
 from attribution.errors import Refusal
 from chain import settler_actor
@@ -18,7 +16,7 @@ from chain.rollup import Rollup
 from cluster import head, processes
 from cluster.cli import laptop, people
 from cluster.cli.screen import table
-from cluster.config import Settings, load_settings
+from cluster.config import Settings
 from cluster.database import connect, migrate
 from cluster.models import base_model
 from serve_apps import app as serve_app
@@ -27,27 +25,19 @@ from serve_apps import evidence as evidence_app
 CACHES = ("node", "models", "packages")  # set-up, not results: kept when everything else is redone
 
 
-def up() -> None:
-    """Start what does not run yet: rollup, DA, contracts, signer, Ray, settler, gateway, engine."""
-    settings = load_settings()
+def up(settings: Settings) -> None:
     start_ground(settings)
     start_services(settings)
     print_doors(settings)
 
 
-def down(
-    forget: Annotated[bool, typer.Option(help="also remove all data but the set-up caches")] = False,
-) -> None:
-    """Stop what `up` started. Everything that matters is on disk and is there again at the next `up`."""
-    settings = load_settings()
+def down(settings: Settings, forget: bool) -> None:
     stop(settings)
     if forget:
         forget_results(settings)
 
 
-def status() -> None:
-    """What runs, and what waits."""
-    settings = load_settings()
+def status(settings: Settings) -> None:
     rows = [(name, _state(check)) for name, check in _checks(settings).items()]
     table(f"openledger at {settings.home}", ["part", "state"], rows)
 
@@ -147,9 +137,3 @@ def _state(check: Callable[[], str]) -> str:
         return check()
     except (Refusal, httpx.HTTPError, ValueError) as error:
         return f"down ({error})"
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(up)
-    app.command()(down)
-    app.command()(status)
