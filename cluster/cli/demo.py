@@ -4,6 +4,7 @@ It does nothing that the other commands and the public API do not do; what was m
 content is found again and said to be reused.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ QUESTIONS_PER_PAYER = 12
 AT_ONCE = 8
 MAX_TOKENS = 32
 ANSWER_TIMEOUT_S = 300.0
+RAY_LINE = re.compile(r"(\(|\d{4}-\d\d-\d\d \S+\s+(INFO|WARNING))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +172,8 @@ def ask_one(stage: Stage, ref: str, manifest: Manifest) -> None:
     console.print()
     receipt_id = last["openledger"]["receipt_id"]
     receipt = wait_for_evidence(stage.settings, receipt_id)
-    money.print_receipt(receipt)
-    found = [record["record_id"] for record in receipt["evidence"]["records"]]
+    money.print_receipt(stage.engine, receipt)
+    found = [record["record_id"] for record in receipt["evidence"]["result"]["records"]]
     asked = entry.record.record_id.hex()
     rank = found.index(asked) + 1 if asked in found else 0
     console.print(f"asked about {entry.record.source_key}; evidence has it at rank {rank or 'none'}")
@@ -268,8 +270,10 @@ def job(stage: Stage, kind: str, spec: dict[str, Any], run_id: str) -> dict[str,
 
 
 def show_log(text: str) -> None:
+    """The pipeline's own lines; Ray's stay in the job's log."""
     for line in text.splitlines():
-        console.print(f"  [dim]{line[:200]}[/]", markup=True)
+        if not RAY_LINE.match(line) and not line.startswith(("{", "Running entrypoint")):
+            console.print(f"  {line[:200]}", style="dim", markup=False)
 
 
 def questions(manifest: Manifest, count: int, purpose: bytes) -> list[tuple[ManifestEntry, str]]:
@@ -284,7 +288,7 @@ def wait_for_evidence(settings: Settings, receipt_id: str) -> dict[str, Any]:
 
     def is_ready() -> bool:
         found.update(money.get(settings, f"/v1/receipts/{receipt_id}", PAYERS[0]))
-        return bool(found.get("evidence"))
+        return bool(found["evidence"]["state"] == "ready")
 
     money.wait_until(is_ready, f"evidence of receipt {receipt_id}", 120.0)
     return found

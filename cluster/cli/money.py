@@ -29,13 +29,14 @@ from cluster.tables import BatchRow, ContributorRow, PayoutRow, PeriodRow
 
 def usage(settings: Settings, key_of: str) -> None:
     answer = get(settings, "/v1/usage", key_of)
-    columns = ["model", "requests", "prompt_tokens", "completion_tokens", "cost_gwei"]
-    rows = [[line.get(column, "") for column in columns] for line in answer["data"]]
-    table("Usage", columns, rows)
+    rows = [(line["model"], line["num_requests"], tokens(line["fee_gwei"])) for line in answer["by_model"]]
+    table(f"Usage of {answer['account_id']}, payer {answer['payer']}", ["model", "requests", "fees"], rows)
+    console.print(f"spent {tokens(answer['spent_gwei'])} of {tokens(answer['budget_gwei'])}")
 
 
 def evidence(settings: Settings, receipt_id: str, key_of: str) -> None:
-    print_receipt(get(settings, f"/v1/receipts/{receipt_id}", key_of))
+    engine = connect(settings.database_url)
+    print_receipt(engine, get(settings, f"/v1/receipts/{receipt_id}", key_of))
 
 
 def close(settings: Settings) -> None:
@@ -201,24 +202,26 @@ def wallet_of(engine: Engine, contributor: bytes) -> bytes:
         return bytes.fromhex(session.get_one(ContributorRow, contributor.hex()).wallet)
 
 
-def print_receipt(receipt: dict[str, Any]) -> None:
+def print_receipt(engine: Engine, receipt: dict[str, Any]) -> None:
     """Receipt first, then evidence by rank."""
-    plain = {k: v for k, v in receipt.items() if not isinstance(v, dict | list)}
-    table("Receipt", ["field", "value"], [(k, str(v)) for k, v in plain.items()])
-    found = receipt.get("evidence") or {}
-    rows = [
+    usage = receipt["usage"]
+    rows = [(field, str(receipt[field])) for field in ("id", "model", "adapter_id", "payer", "payer_seq")]
+    rows.append(("tokens", f"{usage['prompt_tokens']} read, {usage['completion_tokens']} written"))
+    rows.append(("cost", tokens(usage["cost_gwei"])))
+    rows.append(("evidence", receipt["evidence"]["state"]))
+    table("Receipt", ["field", "value"], rows)
+    found = receipt["evidence"]["result"] or {"records": []}
+    shown = [
         (
             rank,
-            record["contributor"],
             record["source_key"],
-            record["answer"][:50],
-            record["kinds"],
-            record["score"],
+            label_of(engine, bytes.fromhex(record["contributor_id"])),
+            f"{record['score']:.2f}",
+            ", ".join(f"{kind} {part:.1f}" for kind, part in record["parts"].items()),
         )
-        for rank, record in enumerate(found.get("records", []), start=1)
+        for rank, record in enumerate(found["records"], start=1)
     ]
-    columns = ["#", "contributor", "source", "answer", "found by", "score"]
-    table("Evidence (evidence only: money follows from the period's credits)", columns, rows)
+    table("Evidence only: no money follows from it", ["#", "record", "contributor", "score", "parts"], shown)
 
 
 def get(settings: Settings, path: str, key_of: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def start_ray(settings: Settings) -> None:
 def start_services(settings: Settings) -> None:
     start_ray(settings)
     serve_app.deploy(settings)
-    evidence_app.ensure_running(settings)
+    evidence_app.start_pool(settings)
     laptop.say(f"gateway: {settings.public_url}")
 
 
