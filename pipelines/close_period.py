@@ -245,4 +245,6 @@ def _work(ground: Ground, spec: CloseSpec) -> Outcome:
 
 
 if __name__ == "__main__":
-    sys.exit(main("close_period", CloseSpec, _work))
+    from pipelines import close_period as by_name  # Ray cannot send to workers what is of __main__
+
+    sys.exit(main("close_period", by_name.CloseSpec, by_name._work))

@@ -248,4 +248,6 @@ def _chat(client: httpx.Client, model: str, question: str, max_tokens: int) -> s
 
 
 if __name__ == "__main__":
-    sys.exit(main("evaluate", EvaluateSpec, evaluate))
+    from pipelines import evaluate as by_name  # Ray cannot send to workers what is of __main__
+
+    sys.exit(main("evaluate", by_name.EvaluateSpec, by_name.evaluate))

@@ -424,4 +424,6 @@ def _whole(engine: Any, optimizer: Adam, parameter: nn.Parameter) -> AdamState:
 
 
 if __name__ == "__main__":
-    sys.exit(main("finetune", FinetuneSpec, finetune))
+    from pipelines import finetune as by_name  # Ray cannot send to workers what is of __main__
+
+    sys.exit(main("finetune", by_name.FinetuneSpec, by_name.finetune))

@@ -211,4 +211,6 @@ def _work(ground: Ground, spec: IndexSpec) -> Outcome:
 
 
 if __name__ == "__main__":
-    sys.exit(main("index", IndexSpec, _work))
+    from pipelines import index as by_name  # Ray cannot send to workers what is of __main__
+
+    sys.exit(main("index", by_name.IndexSpec, by_name._work))

@@ -163,4 +163,6 @@ def _outcome(
 
 
 if __name__ == "__main__":
-    sys.exit(main("ingest", IngestSpec, ingest))
+    from pipelines import ingest as by_name  # Ray cannot send to workers what is of __main__
+
+    sys.exit(main("ingest", by_name.IngestSpec, by_name.ingest))
