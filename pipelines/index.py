@@ -21,8 +21,10 @@ from sqlalchemy import update
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from attribution.codec import Encoder
 from attribution.errors import Rejected
 from attribution.gradients import Example, Lora, num_parameters
+from attribution.hashing import sha256
 from attribution.index import IndexCard, write_index
 from attribution.influence import Snapshot, averaged_features, sketched_gradients, unit_rows
 from attribution.sketch import Sketch, make_sketch
@@ -33,10 +35,11 @@ from cluster.config import Settings
 from cluster.database import reading, writing
 from cluster.indexes import store_index, stored_manifest
 from cluster.models import ask, base_model, load_base, load_tokenizer
+from cluster.storage import Storage
 from cluster.tables import AdapterRow
 from pipelines.fan_out import fan_out, num_workers
 from pipelines.job import Ground, Outcome, main
-from pipelines.recorded import lora_scale, recorded_lora, recorded_steps
+from pipelines.recorded import recorded_loras
 from pipelines.spec import Spec
 
 
@@ -78,9 +81,7 @@ def build_index(
     num_trained = sum(len(manifest.entries) for manifest in manifests)
     questions = _questions(manifests, spec.max_controls)
     asked = ask_records(tokenizer, questions, spec.wordings_per_record)
-    snapshots = _chosen(spec.snapshots, recorded_steps(ground.storage, trajectory))
-    scale = lora_scale(ground.storage, trajectory)
-    loras = [recorded_lora(ground.storage, trajectory, step, scale) for step in snapshots]
+    snapshots, loras = recorded_loras(ground.storage, trajectory, spec.snapshots)
     features = averaged_features(_snapshots(loras, asked, num_trained, spec, sketch_all), spec.damping)
     card = IndexCard(
         adapter_id=adapter.adapter_id.hex(),
@@ -89,7 +90,7 @@ def build_index(
         num_trained=num_trained,
         num_controls=len(questions) - num_trained,
         snapshots=snapshots,
-        lora_scale=scale,
+        lora_scale=next(iter(loras[0].values())).scale,
         damping=spec.damping,
         wordings_per_record=spec.wordings_per_record,
         sketch_size=spec.sketch_size,
@@ -142,15 +143,6 @@ def record_segment(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]
     return build_segment(passages, len(tokenizer))
 
 
-def _chosen(wanted: tuple[int, ...], recorded: Sequence[int]) -> tuple[int, ...]:
-    missing = sorted(set(wanted) - set(recorded))
-    if missing:
-        raise Rejected(
-            "no_such_step", f"steps {missing} are not among those kept, {list(recorded)}", field="snapshots"
-        )
-    return wanted or (recorded[-1],)
-
-
 def _snapshots(
     loras: Sequence[Lora], asked: Sequence[Asked], num_trained: int, spec: IndexSpec, sketch_all: SketchAll
 ) -> list[Snapshot]:
@@ -171,6 +163,18 @@ def mean_rows(sketches: Tensor, rows: Sequence[int]) -> Tensor:
     index = torch.tensor(rows)
     total = torch.zeros(max(rows) + 1, sketches.shape[1]).index_add_(0, index, unit_rows(sketches))
     return total / torch.bincount(index)[:, None]
+
+
+def made_key(adapter: Adapter, spec: IndexSpec) -> str:
+    """Where the id of this adapter's index of this kind is noted, once it is made."""
+    e = Encoder("openledger/index-spec/1").id32(adapter.adapter_id)
+    choices = sorted(spec.model_dump(exclude={"run_id", "adapter"}).items())
+    e.each(choices, lambda enc, choice: enc.text(choice[0]).text(repr(choice[1])))
+    return f"indexes/made/{sha256(e.finish()).hex()}"
+
+
+def is_made(storage: Storage, adapter: Adapter, spec: IndexSpec) -> bool:
+    return made_key(adapter, spec) in storage.list("indexes/made/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +203,16 @@ def _work(ground: Ground, spec: IndexSpec) -> Outcome:
     with reading(ground.engine) as session:
         adapter = resolve(session, spec.adapter)
         trajectory = session.get_one(AdapterRow, adapter.adapter_id.hex()).trajectory
-    index_id = build_index(ground, adapter, trajectory, spec, in_parallel)
+    made = ground.storage.get(made_key(adapter, spec)) if is_made(ground.storage, adapter, spec) else b""
+    index_id = made or build_index(ground, adapter, trajectory, spec, in_parallel)
+    ground.storage.put(made_key(adapter, spec), index_id)
     with writing(ground.engine) as session:
         this = AdapterRow.adapter_id == adapter.adapter_id.hex()
         session.execute(update(AdapterRow).where(this).values(index_id=index_id.hex()))
     return {
         "adapter_id": adapter.adapter_id.hex(),
         "index_id": index_id.hex(),
+        "reused": bool(made),
         "seconds": round(time.monotonic() - started, 1),
     }
 

@@ -24,6 +24,7 @@ from attribution.errors import Corrupted, Rejected, Unavailable
 from attribution.evidence import (
     Evidence,
     Kind,
+    Scores,
     answer_spans,
     fuse,
     gradient_scores,
@@ -35,6 +36,7 @@ from attribution.index import Index
 from attribution.influence import direction, num_entries
 from attribution.lexical import Lexicon, build_lexicon
 from attribution.sketch import Sketch, make_sketch
+from attribution.spans import Span
 from attribution.types import Receipt, Record
 from cluster.config import Settings
 from cluster.database import connect, reading, writing
@@ -84,7 +86,19 @@ def open_library(storage: Storage, index_id: bytes) -> Library:
     return Library(index, records, build_lexicon(texts), sketch)
 
 
-def explain(reader: Reader, library: Library, transcript: Transcript) -> Evidence:
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What each kind of evidence says of every trained record about one answer, before it is ranked."""
+
+    scores: dict[Kind, Scores]
+    spans: tuple[Span, ...]
+
+    @property
+    def ranked(self) -> Evidence:
+        return fuse(self.scores, self.spans, TOP)
+
+
+def explain(reader: Reader, library: Library, transcript: Transcript) -> Findings:
     """All three kinds of evidence for one answer."""
     index = library.index
     if index.card.base_id != reader.base_id.hex():
@@ -100,7 +114,7 @@ def explain(reader: Reader, library: Library, transcript: Transcript) -> Evidenc
         Kind.LEXICAL: text_scores(library.lexicon, transcript.prompt_text, transcript.answer_text),
         Kind.SPAN: span_scores(spans, len(library.records)),
     }
-    return fuse(scores, spans, TOP)
+    return Findings(scores, tuple(spans))
 
 
 def evidence_json(evidence: Evidence, reader: Reader, library: Library, transcript: Transcript) -> str:
@@ -207,7 +221,7 @@ class EvidenceWorker:
         if index_id not in self._libraries:
             self._libraries[index_id] = open_library(self._storage, index_id)
         library = self._libraries[index_id]
-        evidence = explain(self._reader, library, transcript)
+        evidence = explain(self._reader, library, transcript).ranked
         return evidence_json(evidence, self._reader, library, transcript)
 
 
