@@ -90,7 +90,8 @@ def _outstanding(session: Session, last_batch: int) -> tuple[Outstanding, ...]:
         receipt = Receipt.from_canonical(canonical)
         if batch_id > paid_through.get(receipt.adapter_id, 0):
             unpaid[receipt.adapter_id].append(receipt)
-    return tuple(Outstanding(adapter_id, tuple(unpaid[adapter_id])) for adapter_id in sorted(unpaid))
+    found = (Outstanding(adapter_id, tuple(unpaid[adapter_id])) for adapter_id in sorted(unpaid))
+    return tuple(one for one in found if one.fee_gwei)
 
 
 def unchallengeable(session: Session, challenge_delay_s: int, now: int) -> list[bytes]:

@@ -208,6 +208,13 @@ def test_a_small_period_waits_unless_the_test_setting_says_so_on_the_statement(w
     assert "test setting" in small.payload.adapters[0].method
 
 
+def test_what_cost_nothing_pays_nobody_and_waits_for_nothing(world: World) -> None:
+    pay_for(world, payers(world, 1)[0], *QUESTIONS[0], fee_gwei=0)
+    settle(world)
+    closed = close(world)
+    assert (closed.payload.adapters, closed.payload.carried, closed.payload.total_gwei) == ((), (), 0)
+
+
 def test_nobody_contributed_to_the_base_model(world: World) -> None:
     pay_for(world, payers(world, 1)[0], *QUESTIONS[0], fee_gwei=1_000_000, adapter_id=ZERO_ID)
     settle(world)
