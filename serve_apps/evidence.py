@@ -238,7 +238,12 @@ class _Loop:
 
     def status(self) -> Mapping[str, object]:
         refused = {receipt_id.hex(): why for receipt_id, why in self._worker.refused.items()}
-        return {"looked_at": self._done, "refused": refused, "unavailable": self._unavailable}
+        return {
+            "pid": os.getpid(),
+            "looked_at": self._done,
+            "refused": refused,
+            "unavailable": self._unavailable,
+        }
 
     def _run(self) -> None:
         while True:
