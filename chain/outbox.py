@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from attribution.payload import batch_tree
 from attribution.types import Batch, Capture, Receipt
 from cluster.receipts import Outbox
-from cluster.tables import BatchReceiptRow, BatchRow, ReceiptRow
+from cluster.tables import BatchReceiptRow, BatchRow, PayerRow, ReceiptRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,13 @@ class BatchRules:
 
     def __post_init__(self) -> None:
         assert 0 < self.max_receipts <= 50_000, self.max_receipts
+
+
+def num_waiting(session: Session) -> int:
+    """From the payers' gapless numbers and the batches' counts, so that an idle tick reads no receipt."""
+    served = session.scalar(select(func.coalesce(func.sum(PayerRow.next_seq - 1), 0))) or 0
+    settled = session.scalar(select(func.coalesce(func.sum(BatchRow.num_receipts), 0))) or 0
+    return int(served) - int(settled)
 
 
 def is_due(outbox: Outbox, rules: BatchRules, now: int) -> bool:

@@ -89,6 +89,8 @@ class Settler:
 
     def _seal(self) -> list[str]:
         with reading(self._world.rows) as session:
+            if outbox.num_waiting(session) == 0:
+                return []
             if not outbox.is_due(receipts.outbox(session), self._rules.batch, self._term.now):
                 return []
             batch = outbox.next_batch(session, self._rules.batch)

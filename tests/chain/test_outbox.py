@@ -10,12 +10,12 @@ from attribution.errors import Rejected
 from attribution.hashing import keccak256
 from attribution.payload import decode_batch, encode_batch
 from attribution.types import Batch, Receipt
-from chain.outbox import BatchRules, is_due, next_batch, record
+from chain.outbox import BatchRules, is_due, next_batch, num_waiting, record
 from chain.term import Term
 from cluster.accounts import open_account, record_ceiling, record_deposit
 from cluster.charges import ReceiptDraft, capture, reserve
 from cluster.database import connect, migrate, reading, writing
-from cluster.receipts import Outbox
+from cluster.receipts import Outbox, outbox
 from cluster.tables import BatchReceiptRow, BatchRow
 
 PAYERS = (b"\xaa" * 20, b"\xbb" * 20)
@@ -68,6 +68,8 @@ def test_every_batch_takes_a_prefix_of_every_payer_though_clocks_disagree(rows: 
             spent[receipt.payer] += receipt.fee_gwei
         assert all(c.cumulative_gwei == spent[c.payer] for c in batch.captures)
         settled += [receipt.receipt_id for receipt in batch.receipts]
+        with reading(rows) as session:
+            assert num_waiting(session) == outbox(session).num_receipts == 11 - len(settled)
     assert sorted(settled) == sorted(receipt.receipt_id for receipt in served)
 
 
@@ -92,7 +94,7 @@ def test_a_receipt_in_two_batches_is_refused_by_the_database(rows: Engine) -> No
 
 
 @pytest.mark.parametrize(
-    ("outbox", "is_expected"),
+    ("waiting", "is_expected"),
     [
         (Outbox(0, 0, 0), False),
         (Outbox(1, 5, 900), False),
@@ -101,9 +103,9 @@ def test_a_receipt_in_two_batches_is_refused_by_the_database(rows: Engine) -> No
         (Outbox(1, 5, 700), True),
     ],
 )
-def test_a_batch_closes_by_size_by_cost_or_by_age(outbox: Outbox, is_expected: bool) -> None:
+def test_a_batch_closes_by_size_by_cost_or_by_age(waiting: Outbox, is_expected: bool) -> None:
     rules = BatchRules(max_receipts=10, max_age_s=300, max_fee_gwei=50)
-    assert is_due(outbox, rules, now=1000) == is_expected
+    assert is_due(waiting, rules, now=1000) == is_expected
 
 
 def test_a_term_that_has_ended_writes_nothing(rows: Engine) -> None:
