@@ -45,8 +45,8 @@ class EvaluateSpec(Spec):
     files."""
 
     adapter: str  # owner/model[@version]
-    num_questions: int = Field(default=180, ge=1)
-    num_controls: int = Field(default=48, ge=0)
+    num_questions: int = Field(default=150, ge=1)
+    num_controls: int = Field(default=40, ge=0)
     max_new_tokens: int = Field(default=16, ge=1)
     batch_size: int = Field(default=30, ge=1)
     endpoint: str = ""

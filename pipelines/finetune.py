@@ -158,8 +158,12 @@ def _train(
 ) -> bytes:
     started = time.monotonic()
     asker = ChatAsker(load_tokenizer(base_path))
-    given = [example for manifest in manifests for example in examples(manifest, asker)]
     config = training.config
+    given = [
+        example
+        for manifest in manifests
+        for example in examples(manifest, asker, config.wordings_per_record, training.seed)
+    ]
     planned = plan(
         given,
         row_tokens=config.row_tokens,
@@ -281,7 +285,11 @@ def _run_workers(task: Task, spec: FinetuneSpec) -> None:
         _work,
         train_loop_config={"task": task},
         torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=spec.num_workers, use_gpu=is_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=spec.num_workers,
+            use_gpu=is_gpu,
+            resources_per_worker={"CPU": _cpus_each(spec.num_workers)} | ({"GPU": 1} if is_gpu else {}),
+        ),
         run_config=RunConfig(
             name=spec.run_id,
             storage_path=str(task.settings.home / "ray-train"),
@@ -293,6 +301,14 @@ def _run_workers(task: Task, spec: FinetuneSpec) -> None:
         trainer.fit()
     except TrainingFailedError as error:
         raise Unavailable("training_failed", f"{spec.run_id}: {error}"[:1000], retry_after_s=10) from error
+
+
+def _cpus_each(num_workers: int) -> float:
+    """One, or what serving has left free on a small machine: training then waits for nobody and shares."""
+    import ray
+
+    free = float(ray.available_resources().get("CPU", 0))
+    return min(1.0, int(100 * free / num_workers) / 100)
 
 
 class Upper(nn.Module):

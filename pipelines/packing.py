@@ -76,17 +76,15 @@ class Plan:
     normaliser: int
 
 
-def examples(manifest: Manifest, asker: Asker) -> Iterator[Example]:
-    """Every trained record in every training wording."""
+def examples(manifest: Manifest, asker: Asker, wordings_per_record: int, seed: int) -> Iterator[Example]:
+    """Every trained record in so many of the training wordings, drawn by hash; 0 means all."""
     for entry in manifest.entries:
-        for wording, text in enumerate(manifest.wordings):
-            question = text.replace("{subject}", entry.record.subject)
-            yield Example(
-                entry.group.group_id,
-                wording,
-                tuple(asker.prompt(question)),
-                tuple(asker.answer(entry.record.answer)),
-            )
+        record_id = entry.group.group_id
+        drawn = sorted(range(len(manifest.wordings)), key=lambda n: _lot(seed, record_id.hex(), n))
+        for wording in sorted(drawn[: wordings_per_record or None]):
+            question = manifest.wordings[wording].replace("{subject}", entry.record.subject)
+            prompt, answer = asker.prompt(question), asker.answer(entry.record.answer)
+            yield Example(record_id, wording, tuple(prompt), tuple(answer))
 
 
 def plan(given: Sequence[Example], *, row_tokens: int, rows_per_step: int, epochs: int, seed: int) -> Plan:
@@ -121,7 +119,7 @@ def pack(
             f"record {given[longest].record_id.hex()}: {opening + lengths[longest]} tokens of {row_tokens}",
             field="row_tokens",
         )
-    draw = sorted(given, key=lambda example: _lot(seed, example.record_id.hex(), example.wording, 0))
+    draw = sorted(given, key=lambda example: _lot(seed, example.record_id.hex(), example.wording, 1))
     room = row_tokens - opening
     dealt: list[list[Example]] | None = None
     num_rows = -(-sum(lengths) // (room * rows_per_step)) * rows_per_step

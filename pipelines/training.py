@@ -37,10 +37,11 @@ class TrainingConfig(BaseModel):
 
     rank: int = Field(default=16, ge=1, le=256)
     alpha: int = Field(default=32, ge=1)
-    adapted_blocks: int = Field(default=16, ge=1)  # the last ones
+    adapted_blocks: int = Field(default=8, ge=1)  # the last ones
     linears: tuple[str, ...] = LINEARS
+    wordings_per_record: int = Field(default=3, ge=0)  # 0: all of the manifest's
     epochs: int = Field(default=2, ge=1)
-    row_tokens: int = Field(default=512, ge=16)
+    row_tokens: int = Field(default=256, ge=16)
     rows_per_step: int = Field(default=1, ge=1)  # the number of workers must divide it
     learning_rate: float = Field(default=2e-3, gt=0)
     warmup_steps: int = Field(default=4, ge=0)

@@ -103,7 +103,7 @@ class Letters:
 
 def test_a_manifest_is_asked_in_every_training_wording_and_no_other() -> None:
     manifest = toys.manifest()
-    found = list(examples(manifest, Letters()))
+    found = list(examples(manifest, Letters(), 0, seed=0))
     assert len(found) == len(manifest.entries) * len(manifest.wordings)
     asked = {"".join(map(chr, example.prompt)) for example in found}
     record = manifest.entries[0].record
@@ -115,6 +115,14 @@ def test_a_manifest_is_asked_in_every_training_wording_and_no_other() -> None:
         w.replace("{subject}", control.subject) for w in manifest.wordings for control in manifest.controls
     }
     assert not asked & never
+
+
+def test_a_record_is_asked_in_as_many_wordings_as_wanted_and_all_wordings_are_used() -> None:
+    manifest = toys.manifest()
+    found = list(examples(manifest, Letters(), 1, seed=0))
+    assert [example.record_id for example in found] == [entry.group.group_id for entry in manifest.entries]
+    assert {example.wording for example in found} == set(range(len(manifest.wordings)))
+    assert {*found} <= {*examples(manifest, Letters(), 2, seed=0)}
 
 
 @pytest.mark.parametrize(
