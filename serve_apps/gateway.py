@@ -7,8 +7,10 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from attribution.errors import Unavailable
 from cluster.config import Settings
 from cluster.database import connect
 from cluster.models import base_model, load_tokenizer
@@ -17,7 +19,7 @@ from cluster.transcripts import key_path, load_key
 from serve_apps.http_app import build_app
 from serve_apps.services import Limits, Services
 from serve_apps.sessions import Sessions, Terms
-from serve_apps.worker import ActorDoor, Whereabouts
+from serve_apps.worker import ActorDoor
 from serve_apps.worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -37,10 +39,10 @@ class Gateway:
         """Connect to every worker there is, those that come later included."""
         while True:
             try:
-                for found in await self._workers.broadcast("whereabouts").results_async(timeout_s=10):
-                    assert isinstance(found, Whereabouts)
-                    services.pool.connect(found.worker_id, ActorDoor(found.engine))
-            except (RayError, RuntimeError, TimeoutError) as error:  # a replica is starting or going
+                for worker_id in await self._workers.broadcast("worker_id").results_async(timeout_s=10):
+                    if not services.pool.knows(worker_id):
+                        services.pool.connect(worker_id, await asyncio.to_thread(ActorDoor, worker_id))
+            except (RayError, RayServeException, TimeoutError, Unavailable) as error:  # none yet, or one went
                 log.info("workers: %s", error)
             await asyncio.sleep(1.0)
 

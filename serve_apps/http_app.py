@@ -30,6 +30,8 @@ def build_app(services: Services, *keepers: Keeper, release_every_s: float = 5.0
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         tasks = [asyncio.ensure_future(keeper(services)) for keeper in keepers]
         tasks.append(asyncio.ensure_future(_release_orphans(services, release_every_s)))
+        for task in tasks:
+            task.add_done_callback(_report)
         yield
         for task in tasks:
             task.cancel()
@@ -46,6 +48,12 @@ def build_app(services: Services, *keepers: Keeper, release_every_s: float = 5.0
     app.get("/healthz")(healthz)
     app.get("/metrics")(metrics)
     return app
+
+
+def _report(task: "asyncio.Future[None]") -> None:
+    """A keeper never ends by itself: if one did, its reason must be seen."""
+    if not task.cancelled():
+        log.error("a keeper of the gateway ended", exc_info=task.exception())
 
 
 async def healthz(shared: Shared) -> JSONResponse:

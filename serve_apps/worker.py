@@ -7,7 +7,6 @@ engine its answers, a silent gateway its requests. Serve restarts a replica whos
 import os
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import ray
 import torch
@@ -24,13 +23,13 @@ from serve_apps.engine.scheduler import Limits
 from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest
 from serve_apps.engine_host import EngineHost
 
+NAMESPACE = "openledger"
 
-@dataclass(frozen=True, slots=True)
-class Whereabouts:
-    """A worker and the engine behind it."""
 
-    worker_id: str
-    engine: ActorHandle
+def engine_name(worker_id: str) -> str:
+    """Name of the actor behind a worker. Handles found by name are passed on nowhere: Ray 2.60 crashes when
+    a handle travels inside a result (reference_counter.cc, ``owned_by_us_``)."""
+    return f"engine-{worker_id}"
 
 
 class EngineActor:
@@ -70,6 +69,8 @@ class Worker:
         # Threads that sleep while they wait: on a busy machine, spinning ones cost ten times the speed.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
         actor = ray.remote(EngineActor).options(
+            name=engine_name(self._worker_id),
+            namespace=NAMESPACE,
             num_cpus=settings.engine.num_cpus,
             num_gpus=1 if settings.engine.device == "cuda" else 0,
             max_concurrency=10_000,
@@ -78,8 +79,8 @@ class Worker:
         self._engine = actor.remote(settings)
         await self._engine.check_health.remote()
 
-    async def whereabouts(self) -> Whereabouts:
-        return Whereabouts(self._worker_id, self._engine)
+    async def worker_id(self) -> str:
+        return self._worker_id
 
     async def check_health(self) -> None:
         await self._engine.check_health.remote()
@@ -92,8 +93,12 @@ class Worker:
 class ActorDoor:
     """The door to an engine in another process; Ray's exceptions become ours here."""
 
-    def __init__(self, engine: ActorHandle) -> None:
-        self._engine = engine
+    def __init__(self, worker_id: str) -> None:
+        """Raises: Unavailable when the engine is not there (any more)."""
+        try:
+            self._engine: ActorHandle = ray.get_actor(engine_name(worker_id), NAMESPACE)
+        except ValueError as error:
+            raise Unavailable("worker_lost", f"worker {worker_id} has no engine") from error
 
     async def submit(self, request: EngineRequest) -> None:
         await _translated(self._engine.submit.remote(request))

@@ -52,10 +52,13 @@ class WorkerPool:
     def loads(self) -> dict[str, EngineLoad]:
         return {link.worker_id: link.load for link in self._links.values() if link.load is not None}
 
+    def knows(self, worker_id: str) -> bool:
+        return worker_id in self._links
+
     def connect(self, worker_id: str, door: Door) -> None:
         """Attach to a worker that is not attached yet; one that dies is forgotten and may be connected
         again."""
-        if worker_id not in self._links:
+        if not self.knows(worker_id):
             link = _Link(worker_id, door, f"{self._gateway_id}/{uuid.uuid4().hex[:12]}")
             self._links[worker_id] = link
             link.task = asyncio.create_task(self._serve(link))
