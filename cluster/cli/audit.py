@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from attribution.errors import Rejected
-from chain.audit import audit_arithmetic
+from chain.audit import audit_arithmetic, bound_by_chain
 from chain.da import DaClient
 from chain.deployment import load_deployment
+from chain.openings import openings
 from chain.payload_source import PayloadSource
+from chain.provenance import audit_provenance
 from chain.rollup import Rollup
 from cluster.config import Settings
+from cluster.database import connect, reading
 from cluster.storage import open_storage
 
 
@@ -36,7 +39,13 @@ def audit(settings: Settings, where: Where, provenance: bool, as_json: bool) -> 
     )
     deployment = load_deployment(where.addresses or Path(settings.chain.addresses_path))
     rollup = Rollup(where.rpc or settings.chain.rpc_url, deployment)
-    reports = [audit_arithmetic(rollup, source, block_tag(where.tag))]
+    tag = block_tag(where.tag)
+    reports = [audit_arithmetic(rollup, source, tag)]
+    if provenance:
+        records = open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint)
+        with reading(connect(settings.database_url)) as session:
+            opened = openings(session)
+        reports.append(audit_provenance(records, opened, bound_by_chain(rollup, source, tag)))
     for report in reports:
         print(report.to_json() if as_json else report.to_text())
     return all(report.is_clean for report in reports)
