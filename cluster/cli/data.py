@@ -5,9 +5,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import yaml
 from sqlalchemy import Engine, func, select
 
 from attribution.errors import Rejected
+from attribution.types import contributor_id
 from cluster import contributions, signatures
 from cluster.cli import laptop
 from cluster.cli.screen import console, table
@@ -15,7 +17,7 @@ from cluster.config import Settings
 from cluster.database import connect, reading, writing
 from cluster.datanets import Datanet, open_datanet
 from cluster.storage import open_storage
-from cluster.tables import DatanetRow, RecordRow, ShardRow
+from cluster.tables import DatanetRow, ManifestRow, RecordRow, ShardRow
 from pipelines.sources import computing_terms, python_lint
 from pipelines.sources.drafts import ShardDraft
 
@@ -110,3 +112,15 @@ def contribute_shard(
     storage = open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint)
     sent = contributions.Reveal(claim, salt, signature)
     return contributions.reveal(engine, storage, sent, data, domain, now).committed_seq
+
+
+def finetune_spec(settings: Settings, datanet: str, name: str) -> str:
+    """YAML for ``pipelines.finetune`` on the Datanet's newest manifest; this laptop's model owner owns it."""
+    with reading(connect(settings.database_url)) as session:
+        newest = select(ManifestRow.manifest_id).where(ManifestRow.datanet == datanet)
+        manifest_id = session.scalar(newest.order_by(ManifestRow.created_at.desc()).limit(1))
+    if manifest_id is None:
+        raise Rejected("no_manifest", f"nothing of {datanet!r} is sealed yet: ingest first", field="datanet")
+    owner = contributor_id(laptop.own_wallet(settings, "model-owner").address).hex()
+    document = {"run_id": f"finetune-{manifest_id[:12]}", "name": name, "owner_id": owner}
+    return yaml.safe_dump({**document, "manifest_ids": [manifest_id]}, sort_keys=False)

@@ -112,10 +112,10 @@ def contribute(stage: Stage) -> None:
 
 def fund(stage: Stage) -> None:
     deployment = money.deployment_of(stage.settings)
-    wallets = [laptop.own_wallet(stage.settings, name) for name in (*PAYERS, people.SPONSOR)]
+    wallets = [laptop.own_wallet(stage.settings, name) for name in PAYERS]
     for payer in wallets:
         people.fund_payer(stage.settings, stage.engine, deployment, payer, DEPOSIT_GWEI)
-    for payer in wallets[:-1]:
+    for payer in wallets:
         people.open_key(stage.settings, stage.engine, payer, payer.name, DEPOSIT_GWEI)
     money.wait_until(
         lambda: people.deposits_are_seen(stage.engine, wallets, DEPOSIT_GWEI), "deposits in rows", 60.0
@@ -183,7 +183,7 @@ def ask_one(stage: Stage, ref: str, manifest: Manifest) -> None:
 def ask_many(stage: Stage, ref: str, manifest: Manifest) -> None:
     """The period's paid questions, over HTTP, from every payer at once."""
     wanted = questions(manifest, QUESTIONS_PER_PAYER * len(PAYERS), b"paid")
-    keys = {name: (stage.settings.home / "keys" / f"{name}.api-key").read_text() for name in PAYERS}
+    keys = {name: people.key_path(stage.settings, name).read_text() for name in PAYERS}
     began = time.monotonic()
     with (
         bar("questions", len(wanted)) as advance,

@@ -100,6 +100,24 @@ def datanet_ingest(spec: Path) -> None:
     models.run_spec(load_settings(), "ingest", spec)
 
 
+@datanet.command("spec")
+def datanet_spec(datanet: str, name: Annotated[str, typer.Option(help="owner/model of the result")]) -> None:
+    """Print a fine-tuning spec for the Datanet's newest manifest."""
+    from cluster.cli import data
+
+    print(data.finetune_spec(load_settings(), datanet, name), end="")
+
+
+@app.command()
+def key(label: str) -> None:
+    """Print an API key with trial credit, the same one every time; the platform's sponsor pays."""
+    from cluster.cli import people
+    from cluster.database import connect
+
+    settings = load_settings()
+    print(people.trial_key(settings, connect(settings.database_url), label))
+
+
 @app.command()
 def train(spec: Annotated[Path, typer.Argument(help="YAML, see configs/train-python-lint.yaml")]) -> None:
     """Fine-tune an adapter on sealed manifests. The same spec again is answered from what it made before."""

@@ -47,7 +47,7 @@ def stream(
     settings: Settings, model: str, question: str, key_of: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Pieces of the answer with the events that brought them, over HTTP and SSE like any client."""
-    key = (settings.home / "keys" / f"{key_of}.api-key").read_text()
+    key = money.api_key(settings, key_of)
     body = {
         "model": model,
         "messages": [{"role": "user", "content": question}],

@@ -18,7 +18,7 @@ from chain.deployment import Deployment, load_deployment
 from chain.rollup import Rollup
 from chain.transactions import MinedTransaction
 from cluster import jobs
-from cluster.cli import laptop
+from cluster.cli import laptop, people
 from cluster.cli.screen import console, table, tokens
 from cluster.config import Settings
 from cluster.database import connect, reading
@@ -226,13 +226,11 @@ def print_receipt(engine: Engine, receipt: dict[str, Any]) -> None:
 
 def get(settings: Settings, path: str, key_of: str) -> dict[str, Any]:
     """Ask our own public API, as anybody would."""
-    key_file = settings.home / "keys" / f"{key_of}.api-key"
-    if not key_file.exists():
-        raise Rejected("no_api_key", f"no key of {key_of!r} below {key_file.parent}", field="key_of")
+    key = api_key(settings, key_of)
     try:
         answer = httpx.get(
             settings.public_url + path,
-            headers={"Authorization": f"Bearer {key_file.read_text()}"},
+            headers={"Authorization": f"Bearer {key}"},
             timeout=30.0,
         )
     except httpx.HTTPError as error:
@@ -241,6 +239,13 @@ def get(settings: Settings, path: str, key_of: str) -> dict[str, Any]:
         raise Rejected("refused", f"{path}: HTTP {answer.status_code}: {answer.text[:300]}")
     found: dict[str, Any] = answer.json()
     return found
+
+
+def api_key(settings: Settings, label: str) -> str:
+    path = people.key_path(settings, label)
+    if not path.exists():
+        raise Rejected("no_api_key", f"no key of {label!r}: openledger key {label}", field="key_of")
+    return path.read_text()
 
 
 def deployment_of(settings: Settings) -> Deployment:

@@ -20,6 +20,7 @@ from cluster.wallets import Wallet
 
 CEILING_DAYS = 90
 SPONSOR = "sponsor"
+SPONSOR_GWEI = 100 * 10**9  # bounds all trials together
 BENEFICIARIES = ("platform", "host", "model-owner")
 
 
@@ -77,10 +78,10 @@ def _has_ceiling(session: Session, payer: Wallet, ceiling_gwei: int, until: int)
 
 
 def open_key(settings: Settings, engine: Engine, payer: Wallet, label: str, budget_gwei: int) -> str:
-    """An API key of ``payer`` for ``label``. Only its hash is in the database; ours is kept below ``home``,
-    0600.
-    """
-    path = settings.home / "keys" / f"{label}.api-key"
+    """An API key of ``payer`` for ``label``, the same one every time.
+
+    Only its hash is in the database; ours is kept below ``home``, 0600."""
+    path = key_path(settings, label)
     if path.exists():
         return path.read_text()
     now = int(time.time())
@@ -89,6 +90,20 @@ def open_key(settings: Settings, engine: Engine, payer: Wallet, label: str, budg
         key = accounts.issue_key(session, account, now)
     _write_private(path, key)
     return key
+
+
+def trial_key(settings: Settings, engine: Engine, label: str) -> str:
+    """A key with trial credit, which the platform's sponsor pays for; nobody needs a token to begin."""
+    sponsor = laptop.own_wallet(settings, SPONSOR)
+    return open_key(settings, engine, sponsor, label, settings.prices.trial_credit_gwei)
+
+
+def fund_sponsor(settings: Settings, engine: Engine, deployment: Deployment) -> None:
+    fund_payer(settings, engine, deployment, laptop.own_wallet(settings, SPONSOR), SPONSOR_GWEI)
+
+
+def key_path(settings: Settings, label: str) -> Path:
+    return settings.home / "keys" / f"{label}.api-key"
 
 
 def deposits_are_seen(engine: Engine, payers: list[Wallet], amount_gwei: int) -> bool:

@@ -53,7 +53,9 @@ def start_ground(settings: Settings) -> Deployment:
     laptop.start_da(settings)
     deployment = laptop.deploy_contracts(settings)
     laptop.start_signer(settings, deployment)
-    people.register_beneficiaries(settings, connect(settings.database_url), deployment)
+    engine = connect(settings.database_url)
+    people.register_beneficiaries(settings, engine, deployment)
+    people.fund_sponsor(settings, engine, deployment)
     return deployment
 
 
