@@ -51,7 +51,7 @@ class IndexSpec(Spec):
     snapshots: tuple[int, ...] = ()
     damping: float = Field(0.3, gt=0)
     wordings_per_record: int = Field(1, ge=1)
-    max_controls: int = Field(32, ge=1)  # of each manifest
+    max_controls: int = Field(24, ge=1)  # of each manifest
     sketch_size: int = Field(32_768, ge=256)
     sketch_seed: int = Field(0, ge=0)
 
