@@ -216,13 +216,18 @@ class EvidenceWorker:
         transcript = open_sealed(self._key, stored.ciphertext, receipt.request_id)
         if not transcript.answer_ids:
             return nothing_json("the answer is empty")
-        if self._reader is None:
-            self._reader = open_reader(self._settings)
+        reader = self.warm_up()
         if index_id not in self._libraries:
             self._libraries[index_id] = open_library(self._storage, index_id)
         library = self._libraries[index_id]
-        evidence = explain(self._reader, library, transcript).ranked
-        return evidence_json(evidence, self._reader, library, transcript)
+        evidence = explain(reader, library, transcript).ranked
+        return evidence_json(evidence, reader, library, transcript)
+
+    def warm_up(self) -> Reader:
+        """Load the model before the first receipt comes, which then need not wait for it."""
+        if self._reader is None:
+            self._reader = open_reader(self._settings)
+        return self._reader
 
 
 class _Loop:
@@ -248,6 +253,7 @@ class _Loop:
     def _run(self) -> None:
         while True:
             try:
+                self._worker.warm_up()
                 done = self._worker.work_once()
                 self._done += done
                 self._unavailable = ""
