@@ -123,9 +123,24 @@ def token_header(settings: Settings) -> dict[str, str]:
 
 
 def prepare_environment(settings: Settings) -> None:
-    """Make this process a driver's: call it before anything here imports ``ray``, which reads the environment
-    then. Inside a job of the head everything is set already, and this changes nothing."""
-    os.environ.update(_driver_environment(settings))
+    """Make this process a driver's; inside a job of the head everything is set already."""
+    os.environ.update(driver_environment(settings))
+    if "ray" in sys.modules:  # it read the environment when it was imported, and must read it again
+        from ray._private import ray_constants
+        from ray._raylet import Config
+
+        Config.initialize("")
+        ray_constants.ENABLE_RAY_CLUSTER = bool(settings.ray.address)
+
+
+def driver_environment(settings: Settings) -> dict[str, str]:
+    """What a process that speaks to our Ray needs, ``ray job submit`` of a shell included; no secret."""
+    names = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": settings.ray.token_path}
+    if not settings.ray.address:
+        # Ray's switch for laptops: without it 127.0.0.1 is replaced by the machine's address and every port
+        # is opened on all interfaces (measured on Linux, Ray 2.60; tests/cluster/test_head.py watches it).
+        names["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    return names
 
 
 def connect_driver(settings: Settings) -> None:
@@ -135,6 +150,8 @@ def connect_driver(settings: Settings) -> None:
     import ray
 
     if not ray.is_initialized():
+        if not is_alive(settings, head):  # Ray itself would try for minutes
+            raise Unavailable("ray_unreachable", f"no Ray answers at {head.jobs_url}")
         try:
             ray.init(address=head.address, namespace=NAMESPACE, log_to_driver=False, logging_level="warning")
         except (ConnectionError, RuntimeError) as error:
@@ -157,7 +174,7 @@ def _start(settings: Settings) -> Head:
     ]
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        **_driver_environment(settings),
+        **driver_environment(settings),
         **child_environment(settings),
         **ray.environment,
         "RAY_TMPDIR": ray.temp_dir,
@@ -171,7 +188,14 @@ def _start(settings: Settings) -> Head:
     log = settings.home / "ray-start.log"
     with log.open("wb") as output:
         started = subprocess.run(
-            command, env=environment, stdout=output, stderr=output, timeout=ray.start_timeout_s, check=False
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            timeout=ray.start_timeout_s,
+            check=False,
+            start_new_session=True,  # Ctrl-C in the shell that started it is not meant for the head
         )
     deadline = time.monotonic() + ray.start_timeout_s
     while started.returncode == 0 and time.monotonic() < deadline:
@@ -181,15 +205,6 @@ def _start(settings: Settings) -> Head:
     _stop(settings)
     last = log.read_text(errors="replace").strip().splitlines()[-1:]
     raise Unavailable("ray_start", f"Ray did not start ({started.returncode}): {' '.join(last)}; see {log}")
-
-
-def _driver_environment(settings: Settings) -> dict[str, str]:
-    names = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": settings.ray.token_path}
-    if not settings.ray.address:
-        # Ray's switch for laptops: without it 127.0.0.1 is replaced by the machine's address and every port
-        # is opened on all interfaces (measured on Linux, Ray 2.60; tests/cluster/test_head.py watches it).
-        names["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    return names
 
 
 def _stop(settings: Settings) -> int:

@@ -50,7 +50,7 @@ def listening(settings: Settings) -> dict[tuple[str, int], str]:
 def test_every_port_listens_on_loopback_only(settings: Settings) -> None:
     """With a worker running, too. ``-rP`` prints which ports Ray opens, on what, and whose they are."""
     script = (
-        "import cluster.head as h, cluster.config as c; h.connect_driver(c.load_settings()); import ray; "
+        "import ray, cluster.head as h, cluster.config as c; h.connect_driver(c.load_settings()); "
         "print(ray.get(ray.remote(lambda: 7).remote()), flush=True); input()"
     )
     driver = subprocess.Popen(
