@@ -7,18 +7,37 @@ leave no trace when they refuse, so that a gateway may commit many requests at o
 
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, select, update
+from sqlalchemy import Connection, and_, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
 from attribution.errors import Rejected
 from attribution.types import Receipt
+from cluster.balances import MAX_GWEI, give_back, take
 from cluster.database import insert_new
-from cluster.ledger import FEES, Entry, payer_free, payer_reserved, post
-from cluster.tables import AccountRow, ChargeRow, PayerRow, ReceiptRow, TranscriptRow
+from cluster.ledger import FEES, Entry, payer_free, payer_reserved, post_first
+from cluster.tables import AccountRow, ChargeRow, ReceiptRow, TranscriptRow, table_of
 
-CEILING_MARGIN_S = 3600
-"""A receipt is captured on chain a batch later, when its ceiling must still hold."""
-_MAX_GWEI = 2**62
+_NEVER = 2**62  # later than any lease ends
+
+# Statements are built once, because building costs several times what running does.
+_ACCOUNTS, _CHARGES = table_of(AccountRow), table_of(ChargeRow)
+_HELD = and_(_CHARGES.c.request_id == bindparam("the_request"), _CHARGES.c.state == "reserved")
+_HOLDER = (_CHARGES.c.account_id, _CHARGES.c.payer, _CHARGES.c.max_gwei)
+
+_PAYER_OF = select(_ACCOUNTS.c.payer).where(_ACCOUNTS.c.account_id == bindparam("the_account"))
+_CAPTURE = (
+    update(_CHARGES)
+    .where(_HELD)
+    .values(state="captured", fee_gwei=bindparam("the_fee"), response_json=bindparam("the_response"))
+    .returning(*_HOLDER)
+)
+_RELEASE = (
+    update(_CHARGES)
+    .where(_HELD, _CHARGES.c.lease_until < bindparam("lease_before"))
+    .values(state="released", idempotency_key=None)
+    .returning(*_HOLDER)
+)
+_INSERT_RECEIPT, _INSERT_TRANSCRIPT = insert(table_of(ReceiptRow)), insert(table_of(TranscriptRow))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +95,11 @@ def reserve(
             ``idempotency_key_reused`` for the same key with another body; 404 ``account_not_found``.
     """
     assert max_gwei >= 0
-    payer = session.scalar(select(AccountRow.payer).where(AccountRow.account_id == account_id))
+    connection = session.connection()
+    payer = connection.scalar(_PAYER_OF, {"the_account": account_id})
     if payer is None:
         raise Rejected("account_not_found", f"no account {account_id!r}", field="account", http_status=404)
-    with session.begin_nested():
+    with connection.begin_nested():
         values = {
             "request_id": request_id.hex(),
             "account_id": account_id,
@@ -87,19 +107,20 @@ def reserve(
             "idempotency_key": idempotency_key,
             "request_sha256": request_sha256.hex(),
             "state": "reserved",
-            "max_gwei": min(max_gwei, _MAX_GWEI),
+            "max_gwei": min(max_gwei, MAX_GWEI),
             "lease_until": now + lease_s,
             "created_at": now,
         }
         if not insert_new(session, ChargeRow, values):
             return _repeated(session, account_id, request_id, idempotency_key, request_sha256)
-        _take(session, account_id, payer, max_gwei, now)
+        take(connection, account_id, payer, max_gwei, now)
         entries = (
             Entry(payer_free(bytes.fromhex(payer)), -max_gwei),
             Entry(payer_reserved(bytes.fromhex(payer)), max_gwei),
         )
-        post(session, f"reserve:{request_id.hex()}", entries, f"request:{request_id.hex()}", now)
-    return _charge(_row(session, request_id), is_new=True)
+        post_first(session, f"reserve:{request_id.hex()}", entries, f"request:{request_id.hex()}", now)
+    owner = bytes.fromhex(payer)
+    return Charge(request_id, account_id, owner, "reserved", max_gwei, 0, now + lease_s, "", is_new=True)
 
 
 def renew(session: Session, request_id: bytes, lease_s: int, now: int) -> None:
@@ -122,27 +143,25 @@ def capture(session: Session, request_id: bytes, draft: ReceiptDraft, now: int) 
     Raises:
         Rejected: 409 ``reservation_lost``: the reservation was released before.
     """
-    captured = (
-        update(ChargeRow)
-        .where(ChargeRow.request_id == request_id.hex(), ChargeRow.state == "reserved")
-        .values(state="captured", fee_gwei=draft.fee_gwei, response_json=draft.response_json)
-        .returning(ChargeRow.account_id, ChargeRow.payer, ChargeRow.max_gwei)
-    )
-    with session.begin_nested():
-        charge = session.execute(captured).first()
+    connection = session.connection()
+    outcome = {"the_fee": draft.fee_gwei, "the_response": draft.response_json}
+    with connection.begin_nested():
+        charge = connection.execute(_CAPTURE, {"the_request": request_id.hex(), **outcome}).first()
         if charge is None:
             return _first_receipt(session, request_id)
         account_id, payer, max_gwei = charge
         assert 0 <= draft.fee_gwei <= max_gwei, f"{request_id.hex()}: fee {draft.fee_gwei} of {max_gwei}"
-        payer_seq = _give_back(session, account_id, payer, max_gwei, draft.fee_gwei)
+        payer_seq = give_back(connection, account_id, payer, max_gwei, draft.fee_gwei)
         receipt = _receipt(request_id, bytes.fromhex(payer), payer_seq, draft, now)
-        _store(session, receipt, account_id, draft, now)
+        _store(connection, receipt, account_id, draft, now)
         entries = (
             Entry(payer_reserved(receipt.payer), -max_gwei),
             Entry(payer_free(receipt.payer), max_gwei - draft.fee_gwei),
             Entry(FEES, draft.fee_gwei),
         )
-        post(session, f"capture:{request_id.hex()}", entries, f"receipt:{receipt.receipt_id.hex()}", now)
+        post_first(
+            session, f"capture:{request_id.hex()}", entries, f"receipt:{receipt.receipt_id.hex()}", now
+        )
     return receipt
 
 
@@ -150,93 +169,33 @@ def release(session: Session, request_id: bytes, now: int) -> bool:
     """Give a reservation back; False if it was captured or released before.
 
     Its Idempotency-Key is free again: a request that came to nothing has no result to repeat."""
-    held = (ChargeRow.request_id == request_id.hex(), ChargeRow.state == "reserved")
-    return _release(session, request_id, held, now)
+    return _release(session, request_id, _NEVER, now)
 
 
 def release_orphans(session: Session, now: int, limit: int = 1000) -> int:
     """Give back the reservations whose lease has ended: their gateway is dead. Returns how many."""
-    ended = (ChargeRow.state == "reserved", ChargeRow.lease_until < now)
-    found = session.scalars(
-        select(ChargeRow.request_id).where(*ended).order_by(ChargeRow.lease_until).limit(limit)
-    )
-    return sum(
-        _release(session, bytes.fromhex(request_id), (ChargeRow.request_id == request_id, *ended), now)
-        for request_id in found.all()
-    )
+    ended = select(ChargeRow.request_id).where(ChargeRow.state == "reserved", ChargeRow.lease_until < now)
+    found = session.scalars(ended.order_by(ChargeRow.lease_until).limit(limit)).all()
+    return sum(_release(session, bytes.fromhex(request_id), now, now) for request_id in found)
 
 
 def charge_of(session: Session, request_id: bytes) -> Charge:
     return _charge(_row(session, request_id), is_new=False)
 
 
-def _release(
-    session: Session, request_id: bytes, condition: tuple[ColumnElement[bool], ...], now: int
-) -> bool:
-    released = (
-        update(ChargeRow)
-        .where(*condition)
-        .values(state="released", idempotency_key=None)
-        .returning(ChargeRow.account_id, ChargeRow.payer, ChargeRow.max_gwei)
-    )
-    with session.begin_nested():
-        charge = session.execute(released).first()
+def _release(session: Session, request_id: bytes, lease_before: int, now: int) -> bool:
+    connection = session.connection()
+    with connection.begin_nested():
+        which = {"the_request": request_id.hex(), "lease_before": lease_before}
+        charge = connection.execute(_RELEASE, which).first()
         if charge is None:
             return False
         account_id, payer, max_gwei = charge
-        _give_back(session, account_id, payer, max_gwei, None)
+        give_back(connection, account_id, payer, max_gwei, None)
         holder = bytes.fromhex(payer)
         entries = (Entry(payer_reserved(holder), -max_gwei), Entry(payer_free(holder), max_gwei))
-        post(session, f"release:{request_id.hex()}", entries, f"request:{request_id.hex()}", now)
+        post_first(session, f"release:{request_id.hex()}", entries, f"request:{request_id.hex()}", now)
     return True
-
-
-def _take(session: Session, account_id: str, payer: str, max_gwei: int, now: int) -> None:
-    """The two conditional updates, always payer before account, so that racing requests cannot deadlock."""
-    promised = PayerRow.spent_gwei + PayerRow.reserved_gwei + max_gwei
-    from_payer = update(PayerRow).where(
-        PayerRow.payer == payer,
-        promised <= PayerRow.deposited_gwei - PayerRow.withdrawing_gwei,
-        promised <= PayerRow.ceiling_gwei,
-        PayerRow.ceiling_expiry >= now + CEILING_MARGIN_S,
-    )
-    taken = from_payer.values(reserved_gwei=PayerRow.reserved_gwei + max_gwei).returning(PayerRow.payer)
-    if max_gwei >= _MAX_GWEI or session.execute(taken).first() is None:
-        raise _no_credit(
-            f"payer 0x{payer}: {_room(session, payer, now)}, the request may cost {max_gwei} gwei"
-        )
-    from_account = update(AccountRow).where(
-        AccountRow.account_id == account_id,
-        AccountRow.spent_gwei + AccountRow.reserved_gwei + max_gwei <= AccountRow.budget_gwei,
-    )
-    taken = from_account.values(reserved_gwei=AccountRow.reserved_gwei + max_gwei).returning(
-        AccountRow.account_id
-    )
-    if session.execute(taken).first() is None:
-        row = session.get_one(AccountRow, account_id, populate_existing=True)
-        left = row.budget_gwei - row.spent_gwei - row.reserved_gwei
-        raise _no_credit(f"account {account_id}: {left} gwei left, the request may cost {max_gwei} gwei")
-
-
-def _give_back(session: Session, account_id: str, payer: str, max_gwei: int, fee_gwei: int | None) -> int:
-    """Undo a reservation, keeping the fee if there is one; returns the payer's sequence number for it."""
-    fee, numbers = (0, 0) if fee_gwei is None else (fee_gwei, 1)
-    next_seq = session.execute(
-        update(PayerRow)
-        .where(PayerRow.payer == payer)
-        .values(
-            reserved_gwei=PayerRow.reserved_gwei - max_gwei,
-            spent_gwei=PayerRow.spent_gwei + fee,
-            next_seq=PayerRow.next_seq + numbers,
-        )
-        .returning(PayerRow.next_seq)
-    ).scalar_one()
-    session.execute(
-        update(AccountRow)
-        .where(AccountRow.account_id == account_id)
-        .values(reserved_gwei=AccountRow.reserved_gwei - max_gwei, spent_gwei=AccountRow.spent_gwei + fee)
-    )
-    return next_seq - 1
 
 
 def _receipt(request_id: bytes, payer: bytes, payer_seq: int, draft: ReceiptDraft, now: int) -> Receipt:
@@ -254,26 +213,24 @@ def _receipt(request_id: bytes, payer: bytes, payer_seq: int, draft: ReceiptDraf
     )
 
 
-def _store(session: Session, receipt: Receipt, account_id: str, draft: ReceiptDraft, now: int) -> None:
+def _store(connection: Connection, receipt: Receipt, account_id: str, draft: ReceiptDraft, now: int) -> None:
     receipt_id = receipt.receipt_id.hex()
-    session.add(
-        ReceiptRow(
-            receipt_id=receipt_id,
-            request_id=receipt.request_id.hex(),
-            account_id=account_id,
-            payer=receipt.payer.hex(),
-            payer_seq=receipt.payer_seq,
-            adapter_id=receipt.adapter_id.hex(),
-            fee_gwei=receipt.fee_gwei,
-            canonical=receipt.canonical(),
-            evidence_state=draft.evidence_state,
-            created_at=now,
-        )
-    )
+    row = {
+        "receipt_id": receipt_id,
+        "request_id": receipt.request_id.hex(),
+        "account_id": account_id,
+        "payer": receipt.payer.hex(),
+        "payer_seq": receipt.payer_seq,
+        "adapter_id": receipt.adapter_id.hex(),
+        "fee_gwei": receipt.fee_gwei,
+        "canonical": receipt.canonical(),
+        "evidence_state": draft.evidence_state,
+        "created_at": now,
+    }
+    connection.execute(_INSERT_RECEIPT, row)
     if draft.transcript is not None:
-        sealed = draft.transcript
-        session.add(TranscriptRow(receipt_id=receipt_id, salt=sealed.salt, ciphertext=sealed.ciphertext))
-    session.flush()
+        texts = {"salt": draft.transcript.salt, "ciphertext": draft.transcript.ciphertext}
+        connection.execute(_INSERT_TRANSCRIPT, {"receipt_id": receipt_id, **texts})
 
 
 def _repeated(
@@ -332,15 +289,3 @@ def _lost(session: Session, request_id: bytes) -> Rejected:
     return Rejected(
         "reservation_lost", f"request {request_id.hex()} is {state}", field="request_id", http_status=409
     )
-
-
-def _room(session: Session, payer: str, now: int) -> str:
-    row = session.get_one(PayerRow, payer, populate_existing=True)
-    if row.ceiling_expiry < now + CEILING_MARGIN_S:
-        return f"the ceiling ends at {row.ceiling_expiry}, too soon at {now}"
-    limit = min(row.deposited_gwei - row.withdrawing_gwei, row.ceiling_gwei)
-    return f"{limit - row.spent_gwei - row.reserved_gwei} gwei left of {limit}"
-
-
-def _no_credit(message: str) -> Rejected:
-    return Rejected("insufficient_credit", message, field="max_tokens", http_status=402)

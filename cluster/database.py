@@ -8,19 +8,20 @@ callers repeat it under the same key."""
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Engine, create_engine, event, exc, inspect, text
+from sqlalchemy import Connection, Engine, Executable, create_engine, event, exc, inspect, text
 from sqlalchemy.dialects.postgresql import insert as insert_postgres
 from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session
 
 from attribution.errors import Corrupted, Unavailable
-from cluster.tables import Row
+from cluster.tables import Row, table_of
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 0x0130_6564  # PostgreSQL advisory lock: two processes that start together migrate once
@@ -88,10 +89,9 @@ def insert_new(session: Session, table: type[Row], *rows: dict[str, Any]) -> int
     """Insert those rows none of whose unique keys exists yet; the others change nothing. Returns how many.
 
     On PostgreSQL it waits for a racing transaction to end before it answers."""
-    insert = insert_sqlite if session.get_bind().dialect.name == "sqlite" else insert_postgres
-    keys = inspect(table).primary_key
-    statement = insert(table).values(rows).on_conflict_do_nothing().returning(*keys)
-    return len(session.execute(statement).all())
+    connection = session.connection()
+    statement = _insert_statement(connection.dialect.name, table)
+    return len(connection.execute(statement, list(rows) if len(rows) > 1 else rows[0]).all())
 
 
 def migration_config(connection: Connection) -> Config:
@@ -100,6 +100,13 @@ def migration_config(connection: Connection) -> Config:
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["connection"] = connection
     return config
+
+
+@cache
+def _insert_statement(dialect: str, table: type[Row]) -> Executable:
+    """Built once: building costs more than running."""
+    insert = insert_sqlite if dialect == "sqlite" else insert_postgres
+    return insert(table_of(table)).on_conflict_do_nothing().returning(*inspect(table).primary_key)
 
 
 @contextmanager

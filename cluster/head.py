@@ -27,7 +27,7 @@ from cluster.config import Settings, child_environment, private_dir
 NAMESPACE = "openledger"
 _PORTS = range(20_000, 32_000)  # below what systems hand out to outgoing connections
 _ROOT = Path(__file__).parent.parent
-_STOP_TIMEOUT_S = 10
+_STOP_TIMEOUT_S = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def prepare_environment(settings: Settings) -> None:
     os.environ.update(driver_environment(settings))
     if "ray" in sys.modules:  # it read the environment when it was imported, and must read it again
         from ray._private import ray_constants
-        from ray._raylet import Config
+        from ray._raylet import Config  # type: ignore[attr-defined]
 
         Config.initialize("")
         ray_constants.ENABLE_RAY_CLUSTER = bool(settings.ray.address)

@@ -4,7 +4,17 @@ Ids, addresses and hashes are lower-case hex text without ``0x``. Money is BIGIN
 Times are UTC epoch seconds, integers. States are words from the docstring of their table. Alembic's
 migrations build what this module declares; a test compares the two."""
 
-from sqlalchemy import BigInteger, ForeignKey, Index, Integer, LargeBinary, String, Text, UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Hex32 = String(64)
@@ -13,6 +23,13 @@ Hex20 = String(40)
 
 class Row(DeclarativeBase):
     type_annotation_map = {int: BigInteger, str: Text, bytes: LargeBinary}  # noqa: RUF012  (SQLAlchemy's own shape)
+
+
+def table_of(row: type[Row]) -> Table:
+    """For statements that are built once and run often, past the session."""
+    table = row.__table__
+    assert isinstance(table, Table)
+    return table
 
 
 class ContributorRow(Row):

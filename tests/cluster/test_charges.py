@@ -12,8 +12,8 @@ from sqlalchemy import Engine, select
 from attribution.errors import Rejected
 from attribution.hashing import sha256
 from cluster.accounts import account_of, open_account, payer_of, record_withdrawing
+from cluster.balances import CEILING_MARGIN_S
 from cluster.charges import (
-    CEILING_MARGIN_S,
     capture,
     charge_of,
     release,
