@@ -39,10 +39,10 @@ class TrainingConfig(BaseModel):
     alpha: int = Field(default=32, ge=1)
     adapted_blocks: int = Field(default=8, ge=1)  # the last ones
     linears: tuple[str, ...] = LINEARS
-    wordings_per_record: int = Field(default=3, ge=0)  # 0: all of the manifest's
+    wordings_per_record: int = Field(default=4, ge=0)  # 0: all of the manifest's
     epochs: int = Field(default=2, ge=1)
     row_tokens: int = Field(default=256, ge=16)
-    rows_per_step: int = Field(default=1, ge=1)  # the number of workers must divide it
+    rows_per_step: int = Field(default=2, ge=1)  # the number of workers must divide it
     learning_rate: float = Field(default=2e-3, gt=0)
     warmup_steps: int = Field(default=4, ge=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)

@@ -31,7 +31,9 @@ from pipelines.training import TrainingConfig
 from pipelines.trajectory import Metric, kept_steps, read_metrics, read_state, recorded_steps
 from tests import toy_models, toys
 
-CONFIG = TrainingConfig(rank=4, alpha=8, adapted_blocks=2, row_tokens=160, epochs=4, learning_rate=1e-2)
+CONFIG = TrainingConfig(
+    rank=4, alpha=8, adapted_blocks=2, row_tokens=160, rows_per_step=1, epochs=4, learning_rate=1e-2
+)
 OWNER = sha256(b"owner")
 
 
