@@ -1,13 +1,18 @@
 """The Serve application: gateways in front of workers, and how it is deployed."""
 
+import time
+
+import httpx
 from ray import serve
 from ray.serve.config import HTTPOptions
 
+from attribution.errors import Unavailable
 from cluster.config import Settings
 from serve_apps.gateway import Gateway
 from serve_apps.worker import Worker
 
 NAME = "openledger"
+READY_WITHIN_S = 120
 
 
 def build(settings: Settings) -> serve.Application:
@@ -33,10 +38,26 @@ def deploy(settings: Settings) -> str:
     """Run the application on the Ray cluster this process is connected to, and wait until it serves.
 
     Deploying again replaces what runs; the address stays. Returns the address.
+
+    Raises:
+        Unavailable: no worker was ready in ``READY_WITHIN_S``.
     """
     serve.start(http_options=HTTPOptions(host=settings.gateway_host, port=settings.gateway_port))
     serve.run(build(settings), name=NAME, route_prefix="/")
-    return f"http://{settings.gateway_host}:{settings.gateway_port}"
+    address = f"http://{settings.gateway_host}:{settings.gateway_port}"
+    deadline = time.monotonic() + READY_WITHIN_S
+    while not _is_well(address):
+        if time.monotonic() > deadline:
+            raise Unavailable("not_serving", f"{address}/healthz is not well after {READY_WITHIN_S} s")
+        time.sleep(0.2)
+    return address
+
+
+def _is_well(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/healthz", timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def undeploy() -> None:

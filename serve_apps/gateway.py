@@ -64,5 +64,6 @@ def open_services(settings: Settings) -> Services:
         sessions=Sessions(database, pool, terms),
         limits=Limits(settings.engine.max_context_tokens, settings.engine.max_completion_tokens),
         base_gwei_per_token=settings.prices.base_gwei_per_token,
+        chain_id=settings.chain.chain_id,
         home=Path(settings.home),
     )

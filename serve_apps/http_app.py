@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from attribution.errors import Refusal, Unavailable
 from cluster import charges
-from serve_apps import http_errors, openai_api, receipts_api
+from serve_apps import datanet_api, http_errors, openai_api, receipts_api
 from serve_apps.services import Services, Shared
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def build_app(services: Services, *keepers: Keeper, release_every_s: float = 5.0
     app.add_middleware(_Guard, services=services)
     app.include_router(openai_api.router)
     app.include_router(receipts_api.router)
+    app.include_router(datanet_api.router)
     app.get("/healthz")(healthz)
     app.get("/metrics")(metrics)
     return app
@@ -98,7 +99,8 @@ class _Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        most, size = self._services.limits.max_body_bytes, 0
+        limits, size = self._services.limits, 0
+        most = limits.max_shard_bytes if scope["path"].startswith("/datanets/") else limits.max_body_bytes
 
         async def bounded() -> Message:
             nonlocal size

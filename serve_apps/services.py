@@ -31,6 +31,7 @@ class Limits:
     max_context_tokens: int
     max_completion_tokens: int
     max_body_bytes: int = 2**20
+    max_shard_bytes: int = 64 * 2**20
 
 
 class Metrics:
@@ -58,6 +59,7 @@ class Services:
     sessions: Sessions
     limits: Limits
     base_gwei_per_token: int
+    chain_id: int
     home: Path
     metrics: Metrics = field(default_factory=Metrics)
 

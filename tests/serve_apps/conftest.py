@@ -188,6 +188,7 @@ def open_gateway(
         sessions=Sessions(database, pool, Terms(lease_s, load_key(key_path(home)))),
         limits=HttpLimits(max_context_tokens=900, max_completion_tokens=800),
         base_gwei_per_token=10,
+        chain_id=31337,
         home=home,
     )
 
