@@ -83,7 +83,17 @@ _SENTENCE = re.compile(
 
 def drafts(cache: Path) -> tuple[ShardDraft, ...]:
     """One shard per editor, the Jargon File first."""
-    return tuple(_draft(one, fetch_package(f"dict-{one.name}", cache, one.pinned)) for one in DICTIONARIES)
+    return tuple(_draft(one, _package(one, cache), None) for one in DICTIONARIES)
+
+
+def shared_drafts(cache: Path) -> tuple[ShardDraft, ...]:
+    """Only what the Jargon File and FOLDOC both define: a small set in which most of the second is copied."""
+    headwords = [
+        {entry.headword.casefold() for entry in entries(one.name, _package(one, cache).root)}
+        for one in DICTIONARIES[:2]
+    ]
+    both = frozenset.intersection(*map(frozenset, headwords))
+    return tuple(_draft(one, _package(one, cache), both) for one in DICTIONARIES[:2])
 
 
 def entries(name: str, root: Path) -> list[Entry]:
@@ -123,7 +133,11 @@ def _without_labels(text: str) -> str:
     return text
 
 
-def _draft(dictionary: Dictionary, package: Package) -> ShardDraft:
+def _package(dictionary: Dictionary, cache: Path) -> Package:
+    return fetch_package(f"dict-{dictionary.name}", cache, dictionary.pinned)
+
+
+def _draft(dictionary: Dictionary, package: Package, only: frozenset[str] | None) -> ShardDraft:
     rows = (
         {
             "subject": question(entry),
@@ -135,6 +149,6 @@ def _draft(dictionary: Dictionary, package: Package) -> ShardDraft:
             "licence": dictionary.licence,
         }
         for entry in entries(dictionary.name, package.root)
-        if not is_reference(entry)
+        if not is_reference(entry) and (only is None or entry.headword.casefold() in only)
     )
     return ShardDraft(DATANET.name, dictionary.editor, jsonl(rows))

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from attribution.errors import Rejected, Unavailable
 from attribution.types import Manifest, contributor_id
 from cluster.config import Settings
 from cluster.contributions import Reveal, claim_of, commit, register_contributor, reveal
-from cluster.database import reading, writing
+from cluster.database import connect, migrate, reading, writing
 from cluster.datanets import open_datanet
 from cluster.signatures import datanets_domain, digest, sign
 from cluster.storage import Storage, get_content
@@ -46,6 +47,15 @@ class Person:
 
 
 ALICE, BOB = Person("alice", 1), Person("bob", 2)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    migrate(url)
+    engine = connect(url)
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture
