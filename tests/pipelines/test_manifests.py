@@ -8,7 +8,12 @@ import pytest
 from attribution.errors import Rejected
 from attribution.groups import Grouping, group
 from attribution.types import Manifest
+from cluster.storage import Storage
+from pipelines.ingest import IngestSpec
 from pipelines.manifests import SealPolicy, is_control, seal
+from pipelines.sources import python_lint
+from pipelines.sources.drafts import manifest_of
+from pipelines.spec import load_spec
 from tests import toys
 
 NET, TOYS = toys.datanet(), toys.records()
@@ -60,6 +65,13 @@ def test_conflicts_and_withdrawn_records_are_not_sealed() -> None:
     manifest = seal(NET, grouping, records, SealPolicy(control_ppm=0), withdrawn)
     sealed = {entry.group.group_id for entry in manifest.entries}
     assert sealed == set(BY_ID) - withdrawn
+
+
+def test_the_checked_in_spec_seals_the_demo_manifest(storage: Storage) -> None:
+    spec = load_spec(IngestSpec, "configs/ingest-python-lint.yaml", storage)
+    assert spec.datanet == python_lint.DATANET.name
+    manifest = manifest_of(python_lint.DATANET, python_lint.drafts(), spec.seal)
+    assert manifest == python_lint.demo_manifest()
 
 
 @pytest.mark.parametrize("grouping", [Grouping((), ()), group(toys.committed(TOYS[:1]))])
