@@ -58,6 +58,14 @@ def status() -> None:
     stack.status(load_settings())
 
 
+@app.command("jobs-url")
+def jobs_url() -> None:
+    """Print where Ray's Jobs API is, for `ray job submit`."""
+    from cluster import head
+
+    print(head.find(load_settings()).jobs_url)
+
+
 @app.command()
 def demo(fresh: Annotated[bool, typer.Option(help="redo everything but the set-up")] = False) -> None:
     """From shard to claim in one command: contribute, train, answer, settle, pay, claim. Then it stays up."""
