@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from attribution.commitment import Turn, prompt_sha256
 from attribution.errors import Refusal, Rejected
 from attribution.hashing import sha256
 from cluster.accounts import Account
@@ -58,8 +59,8 @@ async def chat_completions(
 ) -> Response:
     messages = [message.plain for message in body.messages]
     ids = await asyncio.to_thread(render_prompt, shared.tokenizer, messages)
-    text = json.dumps(messages, ensure_ascii=False, separators=(",", ":"))
-    order = await _order(request, body, shared, caller, idempotency_key, ids, text)
+    turns = [Turn(message["role"], message["content"]) for message in messages]
+    order = await _order(request, body, shared, caller, idempotency_key, ids, turns)
     return await _respond(shared, body, order, is_chat=True)
 
 
@@ -72,7 +73,7 @@ async def completions(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     ids, text = await asyncio.to_thread(_plain_prompt, shared, body)
-    order = await _order(request, body, shared, caller, idempotency_key, ids, text)
+    order = await _order(request, body, shared, caller, idempotency_key, ids, [Turn("", text)])
     return await _respond(shared, body, order, is_chat=False)
 
 
@@ -97,7 +98,7 @@ async def _order(
     account: Account,
     idempotency_key: str | None,
     prompt_ids: list[int],
-    prompt_text: str,
+    turns: list[Turn],
 ) -> Order:
     """Everything that can be refused before money is touched."""
     body.refuse_unsupported()
@@ -108,7 +109,8 @@ async def _order(
         account=account,
         model=model,
         prompt_ids=tuple(prompt_ids),
-        prompt_text=prompt_text,
+        prompt_text="\n\n".join(turn.content for turn in turns),
+        prompt_sha256=prompt_sha256(turns),
         sampling=body.sampling(max_tokens, seed=secrets.randbits(63)),
         idempotency_key=idempotency_key,
         request_sha256=sha256(request.url.path.encode() + b"\n" + await request.body()),

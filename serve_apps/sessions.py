@@ -41,7 +41,8 @@ class Order:
     account: Account
     model: ServedModel
     prompt_ids: tuple[int, ...]
-    prompt_text: str
+    prompt_text: str  # what was asked, without roles and template
+    prompt_sha256: bytes
     sampling: SamplingParams
     idempotency_key: str | None
     request_sha256: bytes
@@ -295,12 +296,11 @@ class Sessions:
     ) -> tuple[_Kept, ReceiptDraft]:
         text = _text(pieces)
         answer_ids = tuple(token for piece in pieces for token in piece.token_ids)
-        salt, model = secrets.token_bytes(32), order.model
-        prompt_sha256, answer_sha256 = sha256(order.prompt_text.encode()), sha256(text.encode())
+        salt, model, answer_sha256 = secrets.token_bytes(32), order.model, sha256(text.encode())
         kept = _Kept(
             model_ref=model.ref,
             finish_reason=finish_reason,
-            prompt_sha256=prompt_sha256.hex(),
+            prompt_sha256=order.prompt_sha256.hex(),
             answer_sha256=answer_sha256.hex(),
             index_id=model.index_id.hex(),
             created_at=self._now(),
@@ -313,7 +313,7 @@ class Sessions:
             prompt_tokens=len(order.prompt_ids),
             completion_tokens=len(answer_ids),
             fee_gwei=order.cost_gwei(len(answer_ids)),
-            commitment=answer_commitment(salt, prompt_sha256, answer_sha256, model.index_id),
+            commitment=answer_commitment(salt, order.prompt_sha256, answer_sha256, model.index_id),
             response_json=json.dumps(asdict(kept)),
             transcript=sealed if order.is_stored else None,
             evidence_state="pending" if order.is_stored and not model.is_base else "none",

@@ -136,7 +136,9 @@ class StackedRows:
         padded = [[*rows, *[rows[0]] * (most - len(rows))] for rows in rows_by_adapter]
         places = [i * most + j for i, rows in enumerate(rows_by_adapter) for j in range(len(rows))]
         real = [row for rows in rows_by_adapter for row in rows]
-        return StackedRows(stack, torch.tensor(padded), torch.tensor(real), torch.tensor(places))
+        device = next(factors.a.device for layer in stack.layers for factors in layer.values())
+        gather, rows, targets = (torch.tensor(index, device=device) for index in (padded, real, places))
+        return StackedRows(stack, gather, rows, targets)
 
 
 def add_lora_stacked(out: Tensor, x: Tensor, stacked: StackedRows, layer: int, projection: str) -> None:

@@ -1,6 +1,5 @@
 """The HTTP door as the official client sees it: answers, prices, refusals."""
 
-import json
 import threading
 
 import httpx
@@ -8,7 +7,7 @@ import openai
 import pytest
 from sqlalchemy import select
 
-from attribution.commitment import answer_commitment
+from attribution.commitment import Turn, answer_commitment, prompt_sha256
 from attribution.hashing import sha256
 from attribution.types import Receipt
 from cluster.database import reading
@@ -64,6 +63,7 @@ def test_a_receipt_tells_its_payer_everything_and_others_nothing(gateway: Gatewa
         bytes.fromhex(opening[name]) for name in ("salt", "prompt_sha256", "response_sha256", "index_id")
     )
     assert answer_commitment(*parts) == receipt.commitment
+    assert opening["prompt_sha256"] == prompt_sha256([Turn("user", "Which one?")]).hex()
     content = answer.choices[0].message.content or ""
     assert opening["response_sha256"] == sha256(content.encode()).hex()
     assert told["model"] == "toy/a2@1" and told["payer_seq"] == 1
@@ -88,7 +88,7 @@ def test_the_transcript_holds_the_very_tokens_and_opens_for_the_platform(gateway
     transcript = open_sealed(key, kept.ciphertext, bytes.fromhex(row.request_id))
     assert transcript.answer_text == answer.choices[0].message.content
     assert len(transcript.answer_ids) == 12
-    assert json.loads(transcript.prompt_text) == ASK
+    assert transcript.prompt_text == ASK[0]["content"]
 
 
 def test_store_false_keeps_hashes_only(gateway: Gateway) -> None:
