@@ -92,22 +92,14 @@ def stop(settings: Settings) -> int:
 
 
 def processes(settings: Settings) -> list[psutil.Process]:
-    """Our head's processes: their environment or command line names its directory, or a parent's does.
+    """Our head's processes: those whose environment names its directory, and all that they started.
 
-    Workers rewrite their title, and with it their visible environment, hence the parents."""
-    marker = settings.ray.temp_dir
-    own = []
-    for process in psutil.process_iter():
-        try:
-            is_ours = process.environ().get("RAY_TMPDIR") == marker or f"{marker}/" in " ".join(
-                process.cmdline()
-            )
-            if is_ours and process.pid != os.getpid():
-                own.append(process)
-                own.extend(process.children(recursive=True))
-        except (psutil.Error, OSError):
-            continue  # gone meanwhile, or somebody else's
-    return list({process.pid: process for process in own}.values())
+    Workers rewrite their title, and with it the environment that others see, hence the second half."""
+    everyone = {process.pid: process for process in psutil.process_iter(["ppid"])}
+    own = {pid for pid, process in everyone.items() if _is_marked(process, settings.ray.temp_dir)}
+    while more := {pid for pid, process in everyone.items() if process.info["ppid"] in own} - own:
+        own |= more
+    return [everyone[pid] for pid in own - {os.getpid()}]
 
 
 def token_header(settings: Settings) -> dict[str, str]:
@@ -218,6 +210,13 @@ def _stop(settings: Settings) -> int:
     psutil.wait_procs(list(left.values()), timeout=_STOP_TIMEOUT_S)
     _state_path(settings).unlink(missing_ok=True)
     return len({process.pid for process in own} | set(left))
+
+
+def _is_marked(process: psutil.Process, temp_dir: str) -> bool:
+    try:
+        return bool(process.environ().get("RAY_TMPDIR") == temp_dir)
+    except (psutil.Error, OSError):
+        return False  # gone meanwhile, or somebody else's
 
 
 def _signal(process: psutil.Process, name: str) -> None:

@@ -4,12 +4,14 @@ One head serves all tests of this file, because it takes some twenty seconds to 
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -169,13 +171,10 @@ def test_a_killed_head_starts_again_and_nobody_else_is_touched(settings: Setting
         [sys.executable, "-c", "import time; time.sleep(600)"],
         env={**os.environ, "RAY_TMPDIR": f"{settings.ray.temp_dir}-other"},
     )
-    before = head.find(settings)
-    for process in head.processes(settings):
-        if (
-            "gcs_server" in process.name()
-            or "raylet" in process.name()
-            or "dashboard" in " ".join(process.cmdline())
-        ):
+    before, family = head.find(settings), head.processes(settings)
+    victims = [p for p in family if re.search("gcs_server|raylet|dashboard", " ".join(p.cmdline()))]
+    for process in victims:
+        with suppress(psutil.NoSuchProcess):  # they die of each other, too
             process.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 30
     while head.is_alive(settings, before) and time.monotonic() < deadline:
@@ -184,6 +183,7 @@ def test_a_killed_head_starts_again_and_nobody_else_is_touched(settings: Setting
         jobs.submit(settings, "ingest", {"no_such_field": 3}, "after")
     after = head.start(settings)
     assert after != before
+    assert not psutil.wait_procs(family, timeout=30)[1]  # nothing of the dead head lives on
     assert run_pipeline(settings, "after", {"no_such_field": 3}).state == "failed"  # it ran, and said no
     assert stranger.poll() is None
     stranger.kill()
