@@ -38,7 +38,7 @@ from pipelines.answer_sums import Chunk, encode_sum, forget_sums, store_sums, to
 from pipelines.fan_out import fan_out, num_workers
 from pipelines.job import Ground, Outcome, main
 from pipelines.outstanding import NextPeriod, Outstanding, next_period, unchallengeable
-from pipelines.readiness import Carried, Ready, prepare
+from pipelines.readiness import Carried, Closable, Ready, open_files, prepare
 from pipelines.spec import Spec
 
 
@@ -81,10 +81,10 @@ def close_period(ground: Ground, spec: CloseSpec, sum_answers: SumAnswers, now: 
     with reading(ground.engine) as session:
         due = next_period(session)
         paid_for = [one for one in due.adapters if one.adapter_id != ZERO_ID]
-        found = [prepare(session, storage, key, one, settings.period) for one in paid_for]
-    ready = [one for one in found if isinstance(one, Ready)]
+        found = [prepare(session, key, one, settings.period) for one in paid_for]
+    ready = [open_files(storage, one) for one in found if isinstance(one, Closable)]
     for one in ready:
-        sum_answers(one.index, one.chunks)
+        sum_answers(one.index, one.closable.chunks)
     closes = [close_adapter(storage, one) for one in ready]
     closes += [close_base(one, spec) for one in due.adapters if one.adapter_id == ZERO_ID]
     carried = tuple(one for one in found if isinstance(one, Carried))
@@ -93,21 +93,21 @@ def close_period(ground: Ground, spec: CloseSpec, sum_answers: SumAnswers, now: 
     with writing(ground.engine) as session:
         _write(session, closed, now)
     for one in ready:
-        forget_sums(storage, one.chunks)
+        forget_sums(storage, one.closable.chunks)
     return closed
 
 
 def close_adapter(storage: Storage, ready: Ready) -> AdapterClose:
     """Publish the sum and turn it into credits."""
-    total = total_sum(storage, ready.chunks, ready.index.loras)
+    closable, card = ready.closable, ready.index.card
+    total = total_sum(storage, closable.chunks, ready.index.loras)
     published = put_content(storage, "gradient_sums", encode_sum(total))
     credits_, controls = credits_of(ready.index, ready.manifests, total)
-    card, due = ready.index.card, ready.outstanding
     return AdapterClose(
-        adapter_id=due.adapter_id,
-        owner_id=ready.owner_id,
-        fee_gwei=due.fee_gwei,
-        method=f"{card.method} index={ready.index.index_id.hex()} bits={ready.bits}{ready.label}",
+        adapter_id=closable.outstanding.adapter_id,
+        owner_id=closable.owner_id,
+        fee_gwei=closable.outstanding.fee_gwei,
+        method=f"{card.method} index={closable.index_id.hex()} bits={closable.bits}{closable.label}",
         gradient_sum_sha256=bytes.fromhex(published),
         credits=credits_,
         controls=controls,

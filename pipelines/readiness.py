@@ -36,22 +36,32 @@ class Carried:
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """An adapter that can be closed now. ``label`` ends the method's line on the statement."""
+class Closable:
+    """An adapter that can be closed now, as the rows have it. ``label`` ends the method's line on the
+    statement."""
 
     outstanding: Outstanding
     owner_id: bytes
-    index: Index
-    manifests: tuple[Manifest, ...]
+    index_id: bytes
+    manifest_ids: tuple[bytes, ...]
     bits: int
     chunks: tuple[Chunk, ...]
     label: str
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The same with its files."""
+
+    closable: Closable
+    index: Index
+    manifests: tuple[Manifest, ...]
+
+
 def prepare(
-    session: Session, storage: Storage, transcript_key: bytes, due: Outstanding, rule: PeriodSettings
-) -> Ready | Carried:
-    """Everything that closing one adapter needs, or why it must wait."""
+    session: Session, transcript_key: bytes, due: Outstanding, rule: PeriodSettings
+) -> Closable | Carried:
+    """All of the rows that closing one adapter needs, or why it must wait."""
 
     def wait(code: str, reason: str) -> Carried:
         return Carried(due.adapter_id, due.fee_gwei, code, reason)
@@ -72,15 +82,21 @@ def prepare(
         return wait("no_transcript", f"{requests - opened} of {requests} transcripts are missing")
     index_id = bytes.fromhex(row.index_id)
     bits = fraction_bits(due.fee_gwei)
-    return Ready(
+    return Closable(
         due,
         bytes.fromhex(row.owner_id),
-        stored_index(storage, index_id),
-        tuple(stored_manifest(storage, bytes.fromhex(one)) for one in row.manifest_ids.split(",") if one),
+        index_id,
+        tuple(bytes.fromhex(one) for one in row.manifest_ids.split(",") if one),
         bits,
         tuple(chunks_of(index_id, bits, answers)),
         SMALL if is_small else "",
     )
+
+
+def open_files(storage: Storage, closable: Closable) -> Ready:
+    """Outside any transaction: storage may be far away."""
+    manifests = tuple(stored_manifest(storage, one) for one in closable.manifest_ids)
+    return Ready(closable, stored_index(storage, closable.index_id), manifests)
 
 
 def _open_answers(session: Session, key: bytes, due: Outstanding) -> tuple[int, list[Answer]]:
