@@ -5,6 +5,7 @@ One head serves all tests of this file, because it takes some twenty seconds to 
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +38,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     head.start(settings)
     yield settings
     head.stop(settings)
+    shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def listening(settings: Settings) -> dict[tuple[str, int], str]:
