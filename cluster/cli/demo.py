@@ -36,6 +36,7 @@ DEPOSIT_GWEI = 100 * 10**9
 QUESTIONS_PER_PAYER = 12
 AT_ONCE = 8
 MAX_TOKENS = 32
+SHARES = ("base_heldout", "tuned_heldout", "base_controls", "tuned_controls")
 ANSWER_TIMEOUT_S = 300.0
 RAY_LINE = re.compile(r"(\(|\d{4}-\d\d-\d\d \S+\s+(INFO|WARNING))")
 
@@ -149,10 +150,19 @@ def train(stage: Stage, manifest: Manifest) -> str:
 
 
 def evaluate(stage: Stage, ref: str) -> None:
-    spec = {"adapter": ref}
+    spec = {"adapter": ref, "num_questions": 150, "num_controls": 40, "batch_size": 95}
     outcome = job(stage, "evaluate", spec, models.run_id("evaluate", spec))
-    models.print_outcome("Evaluation", outcome)
+    shares = {name: outcome[name]["share"] for name in SHARES}
+    rows = [
+        (name, f"{outcome[name]['right']} of {outcome[name]['asked']}", f"{shares[name]:.3f}")
+        for name in SHARES
+    ]
+    table("Exact normalised match", ["who, what", "right", "share"], rows)
     stage.story.note(evaluate=outcome)
+    gain = shares["tuned_controls"] - shares["base_controls"]
+    stage.story.goal("heldout_tuned", shares["tuned_heldout"], ">=0.80", shares["tuned_heldout"] >= 0.80)
+    stage.story.goal("heldout_base", shares["base_heldout"], "<0.15", shares["base_heldout"] < 0.15)
+    stage.story.goal("controls_gain", gain, "<=0.10", gain <= 0.10)
 
 
 def index(stage: Stage, ref: str) -> None:

@@ -1,0 +1,186 @@
+"""The whole path on a toy model, with everything that can be lost lost between the stages: each time the
+whole Ray head is killed, and with it the settler, the gateway, the engine and the jobs' records. What matters
+is in rows, files and on the chain, so the path completes, every receipt is paid once, and the audit finds
+nothing.
+"""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from sqlalchemy import func, select
+
+from attribution.types import contributor_id
+from chain.audit import audit_arithmetic, bound_by_chain
+from chain.openings import openings
+from chain.payload_source import PayloadSource
+from chain.provenance import audit_provenance
+from chain.rollup import Rollup
+from cluster import head
+from cluster.cli import data, laptop, money, people, stack
+from cluster.config import Settings
+from cluster.contributions import register_contributor
+from cluster.database import connect, reading, writing
+from cluster.datanets import open_datanet
+from cluster.storage import open_storage
+from cluster.tables import AdapterRow, ReceiptRow
+from cluster.wallets import Wallet
+from tests import toy_models, toys
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.evm, pytest.mark.timeout(1200)]
+
+TRAINING = {"rank": 2, "alpha": 4, "adapted_blocks": 1, "epochs": 1, "row_tokens": 64, "rows_per_step": 1}
+DEPOSIT_GWEI = 10**9
+NUM_QUESTIONS = 6
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Iterator[Settings]:
+    base = toy_models.tiny_base(tmp_path / "base")
+    gateway = free_port()
+    found = Settings(
+        home=tmp_path / "home",
+        run_dir=Path(f"/tmp/olpath{os.getpid()}"),
+        base_model=str(base),
+        gateway_port=gateway,
+        public_url=f"http://127.0.0.1:{gateway}",
+        ray={"num_cpus": 2, "object_store_bytes": 100_000_000},
+        chain={
+            "rpc_url": f"http://127.0.0.1:{free_port()}",
+            "da_url": f"http://127.0.0.1:{free_port()}",
+            "final_tag": "latest",
+            "batch_max_age_s": 2,
+            "poll_s": 0.2,
+            "activation_delay_s": 0,
+            "lease_s": 3,
+        },
+        period={"allow_small": True},
+    )
+    (found.home).mkdir()
+    tools = Path(os.environ.get("OPENLEDGER_HOME", ".openledger")) / "node"
+    if tools.exists():  # the npm packages are the same; do not install them again
+        (found.home / "node").symlink_to(tools.resolve())
+    try:
+        yield found
+    finally:
+        stack.stop(found)
+
+
+def kill_head(settings: Settings) -> None:
+    """``kill -9`` of everything that Ray started: what a power cut does."""
+    doomed = head.processes(settings)
+    assert doomed
+    for process in doomed:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(doomed, timeout=20)
+    import ray
+
+    ray.shutdown()
+
+
+def test_the_path_completes_whatever_dies_between_its_stages(settings: Settings) -> None:
+    deployment = stack.start_ground(settings)
+    engine = connect(settings.database_url)
+    contribute(settings)
+
+    stack.start_ray(settings)
+    manifest_id = job(settings, "ingest", {"datanet": "toy-metals", "seal": {"control_ppm": 350_000}})[
+        "manifest_id"
+    ]
+
+    kill_head(settings)
+    stack.start_ray(settings)
+    owner = contributor_id(laptop.own_wallet(settings, "model-owner").address).hex()
+    spec = {"name": "toy/metals", "owner_id": owner, "manifest_ids": [manifest_id], "training": TRAINING}
+    ref = job(settings, "finetune", spec)["adapter"]
+
+    kill_head(settings)
+    stack.start_ray(settings)
+    job(settings, "index", {"adapter": ref, "sketch_size": 256})
+
+    kill_head(settings)
+    stack.start_services(settings)
+    payer = laptop.own_wallet(settings, "payer")
+    people.fund_payer(settings, engine, deployment, payer, DEPOSIT_GWEI)
+    key = people.open_key(settings, engine, payer, "payer", DEPOSIT_GWEI)
+    money.wait_until(lambda: people.deposits_are_seen(engine, [payer], DEPOSIT_GWEI), "the deposit", 60)
+    ask(settings, key, str(ref))
+
+    kill_head(settings)
+    stack.start_services(settings)
+    money.wait_until(lambda: money.is_settled(engine), "settlement after the kill", 120)
+
+    kill_head(settings)
+    stack.start_ray(settings)
+    period_id = money.close_period(settings, print)
+    paid = money.print_payouts(settings, period_id)
+    assert paid == money.captured_gwei(engine, period_id) > 0
+    assert money.claim_for(settings, engine, money.everyone(settings, engine))
+
+    check(settings, engine_receipts(settings), payer)
+
+
+def contribute(settings: Settings) -> None:
+    engine = connect(settings.database_url)
+    platform = laptop.own_wallet(settings, "platform")
+    with writing(engine) as session:
+        open_datanet(session, toys.datanet(), register_contributor(session, platform.address, "platform"))
+    lines = toys.shard_data().splitlines(keepends=True)
+    for n in range(3):
+        owner = laptop.own_wallet(settings, f"contributor-{n}")
+        part = b"".join(lines[n::3])
+        data.contribute_shard(settings, engine, "toy-metals", owner.name, owner.address, owner.key, part)
+
+
+def job(settings: Settings, kind: str, spec: dict[str, object]) -> dict[str, object]:
+    return money.run_job(settings, kind, spec, f"{kind}-toy", print)
+
+
+def ask(settings: Settings, key: str, ref: str) -> None:
+    for n in range(NUM_QUESTIONS):
+        question = f"Name {toys.records()[n].subject}."
+        body = {"model": ref, "max_tokens": 4, "messages": [{"role": "user", "content": question}]}
+        answer = httpx.post(
+            f"{settings.public_url}/v1/chat/completions",
+            json=body,
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=120,
+        )
+        assert answer.status_code == 200, answer.text
+
+
+def engine_receipts(settings: Settings) -> int:
+    with reading(connect(settings.database_url)) as session:
+        return int(session.scalar(select(func.count()).select_from(ReceiptRow)) or 0)
+
+
+def check(settings: Settings, num_receipts: int, payer: Wallet) -> None:
+    """Every receipt once, and both audits clean."""
+    assert num_receipts == NUM_QUESTIONS
+    rollup = Rollup(settings.chain.rpc_url, money.deployment_of(settings))
+    storage = open_storage(settings.storage_url)
+    source = PayloadSource(None, storage)
+    arithmetic = audit_arithmetic(rollup, source)
+    assert arithmetic.is_clean, arithmetic.to_text()
+    assert sum(batch.num_receipts for batch in arithmetic.batches) == NUM_QUESTIONS
+    with reading(connect(settings.database_url)) as session:
+        provenance = audit_provenance(storage, openings(session), bound_by_chain(rollup, source))
+        assert session.scalar(select(func.count()).select_from(AdapterRow)) == 1
+    assert provenance.is_clean, provenance.to_text()
+    captured = rollup.payer_state(payer.address).captured_wei
+    assert captured == sum(batch.fee_gwei for batch in arithmetic.batches) * 10**9
