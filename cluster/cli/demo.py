@@ -178,7 +178,7 @@ def ask_one(stage: Stage, ref: str, manifest: Manifest) -> None:
     last: dict[str, Any] = {}
     for piece, event in models.stream(stage.settings, ref, question, PAYERS[0]):
         console.print(piece, end="")
-        last = event
+        last |= event
     console.print()
     receipt_id = last["openledger"]["receipt_id"]
     receipt = wait_for_evidence(stage.settings, receipt_id)
@@ -220,7 +220,12 @@ def ask_many(stage: Stage, ref: str, manifest: Manifest) -> None:
 def post_question(
     settings: Settings, client: httpx.Client, key: str, ref: str, entry: ManifestEntry, question: str
 ) -> Paid:
-    body = {"model": ref, "messages": [{"role": "user", "content": question}], "max_tokens": MAX_TOKENS}
+    body = {
+        "model": ref,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+    }
     answer = client.post(
         f"{settings.public_url}/v1/chat/completions",
         json=body,

@@ -36,7 +36,7 @@ def chat(settings: Settings, model: str, question: str, key_of: str) -> None:
     last: dict[str, Any] = {}
     for piece, event in stream(settings, model, question, key_of):
         console.print(piece, end="")
-        last = event
+        last |= event
     console.print()
     receipt_id = last.get("openledger", {}).get("receipt_id", "")
     usage = last.get("usage") or {}
@@ -54,6 +54,7 @@ def stream(
         "stream": True,
         "stream_options": {"include_usage": True},
         "max_tokens": 48,
+        "temperature": 0,
     }
     headers = {"Authorization": f"Bearer {key}"}
     url = f"{settings.public_url}/v1/chat/completions"
