@@ -168,6 +168,7 @@ def _start(settings: Settings) -> Head:
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         **driver_environment(settings),
         **child_environment(settings),
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve other processes
         **ray.environment,
         "RAY_TMPDIR": ray.temp_dir,
         "DASHBOARD_METRIC_PORT": str(metrics),

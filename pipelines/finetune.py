@@ -280,7 +280,11 @@ def _run_workers(task: Task, spec: FinetuneSpec) -> None:
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     is_gpu = torch.cuda.is_available()
-    environment = {"TOKENIZERS_PARALLELISM": "false"} | ({} if is_gpu else {"DS_ACCELERATOR": "cpu"})
+    # Sleeping threads: a step of 188 tokens on two busy cores took 3.7 s with them and 27 s with spinning
+    # ones.
+    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"} | (
+        {} if is_gpu else {"DS_ACCELERATOR": "cpu"}
+    )
     trainer = TorchTrainer(
         _work,
         train_loop_config={"task": task},
