@@ -5,6 +5,7 @@ five-word shingles, headword by headword. ``python -m tests.bench.data.copies OU
 
 import argparse
 import json
+import os
 import re
 import time
 from collections import defaultdict
@@ -16,6 +17,7 @@ from attribution.hashing import sha256
 from attribution.types import Shard
 from pipelines.sources import computing_terms
 from pipelines.sources.debian import fetch_package
+from pipelines.sources.drafts import ShardDraft
 from pipelines.validation import Accepted, validate_shard
 
 COPIED = 0.8
@@ -101,13 +103,19 @@ def _shingles_by_headword(name: str, cache: Path) -> dict[str, set[tuple[str, ..
     return {word: shingles for word, shingles in found.items() if shingles}
 
 
+def _version(draft: ShardDraft) -> str:
+    return str(json.loads(draft.data.split(b"\n", 1)[0])["source_version"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--cache", type=Path, default=Path(".openledger/packages"))
     options = parser.parse_args()
     found = figures(options.cache)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    packages = [f"{draft.contributor} {_version(draft)}" for draft in computing_terms.drafts(options.cache)]
+    conditions = {"packages": packages, "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+    options.out.write_text(json.dumps({"conditions": conditions, **found}, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     grouped = found["copied_grouped"] / found["copied_accepted_on_both_sides"]
     wrong = found["unrelated_grouped"] / found["unrelated_accepted_on_both_sides"]
