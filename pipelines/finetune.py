@@ -11,64 +11,40 @@ and trains nothing. At one worker a resumed training ends with the same bits as 
 """
 
 import json
-import os
+import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.modeling_utils import PreTrainedModel
 
 from attribution.errors import Rejected, Unavailable
 from attribution.types import Adapter, Manifest
 from cluster.adapters import check_name, pack, publish, store_adapter
-from cluster.config import Settings
 from cluster.database import reading, writing
-from cluster.models import ask, base_model, load_base, load_tokenizer
-from cluster.storage import Storage, get_content, open_storage
+from cluster.models import ask, base_model, load_tokenizer
+from cluster.storage import Storage, get_content
 from cluster.tables import DatanetRow
+from pipelines.finetune_worker import METRICS_EVERY_S, Task, work
 from pipelines.job import Ground, Outcome, main
-from pipelines.packing import Plan, examples, plan
+from pipelines.packing import examples, plan
 from pipelines.spec import Spec
-from pipelines.training import (
-    Adam,
-    AdamState,
-    LowerCache,
-    RowTensors,
-    TrainingConfig,
-    adapter_weights,
-    insert_lora,
-    learning_rate,
-    losses,
-    lower,
-    row_tensors,
-    share,
-    step_loss,
-)
+from pipelines.training import TrainingConfig, adapter_weights
 from pipelines.trajectory import (
-    Metric,
     TrainingSpec,
     done_adapter,
-    kept_steps,
     read_metrics,
     read_state,
     recorded_steps,
     write_beginning,
     write_done,
-    write_metrics,
-    write_state,
 )
-
-KEPT_BYTES = 2**30  # of what the frozen blocks returned, per worker
-METRICS_EVERY_S = 1.0
 
 
 class FinetuneSpec(Spec):
@@ -84,17 +60,6 @@ class FinetuneSpec(Spec):
     threads_per_worker: int = Field(default=0, ge=0)  # 0: what the machine has, divided among its workers
     max_failures: int = Field(default=3, ge=0)  # of workers; each resumes from the last kept step
     deepspeed_config: Path = Path("configs/deepspeed_zero2.json")
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What every worker is told."""
-
-    settings: Settings
-    spec: TrainingSpec
-    plan: Plan
-    threads: int
-    deepspeed: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,14 +244,14 @@ def _run_workers(task: Task, spec: FinetuneSpec) -> None:
 
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    is_gpu = torch.cuda.is_available()
+    is_gpu = ray.cluster_resources().get("GPU", 0) >= spec.num_workers
     # Sleeping threads: a step of 188 tokens on two busy cores took 3.7 s with them and 27 s with spinning
     # ones.
     environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"} | (
         {} if is_gpu else {"DS_ACCELERATOR": "cpu"}
     )
     trainer = TorchTrainer(
-        _work,
+        work,
         train_loop_config={"task": task},
         torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -295,7 +260,7 @@ def _run_workers(task: Task, spec: FinetuneSpec) -> None:
             resources_per_worker={"CPU": _cpus_each(spec.num_workers)} | ({"GPU": 1} if is_gpu else {}),
         ),
         run_config=RunConfig(
-            name=spec.run_id,
+            name=f"{spec.run_id}-{secrets.token_hex(4)}",  # what Ray would remember, the trajectory knows
             storage_path=str(task.settings.home / "ray-train"),
             failure_config=FailureConfig(max_failures=spec.max_failures),
             worker_runtime_env={"env_vars": environment},
@@ -313,134 +278,6 @@ def _cpus_each(num_workers: int) -> float:
 
     free = float(ray.available_resources().get("CPU", 0))
     return min(1.0, int(100 * free / num_workers) / 100)
-
-
-class Upper(nn.Module):
-    """What DeepSpeed wraps: from the first adapted block to the loss of each example."""
-
-    def __init__(self, model: PreTrainedModel, first_adapted: int) -> None:
-        super().__init__()
-        self.model = model
-        self.first_adapted = first_adapted
-
-    def forward(self, hidden: Tensor, row: RowTensors) -> Tensor:
-        return losses(self.model, self.first_adapted, hidden, row)
-
-
-def _work(given: Mapping[str, Any]) -> None:
-    """One worker's training, from the last kept step to the end."""
-    import deepspeed
-    import ray.train
-
-    task: Task = given["task"]
-    spec, config = task.spec, task.spec.config
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = str(ray.train.torch.get_device())
-    torch.set_num_threads(task.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    # Its communication back end would compile a shared-memory op with g++ for minutes; gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-    storage = open_storage(task.settings.storage_url, s3_endpoint=task.settings.s3_endpoint)
-    base = base_model(task.settings)
-    assert base.base_id == spec.base_id, "workers and driver read one base"
-    dtype = getattr(torch, config.compute_dtype)
-    model = load_base(base.path, dtype, config.attention).to(device)
-    first_adapted = len(model.model.layers) - config.adapted_blocks
-    trained = insert_lora(model, config, spec.seed)
-    kept = recorded_steps(storage, spec.trajectory)
-    before = read_state(storage, spec.trajectory, kept[-1]) if kept else {}
-    for name, state in before.items():
-        trained[name].data.copy_(state.value)
-    optimizer = Adam(trained.values(), config)
-    engine, *_ = deepspeed.initialize(
-        model=Upper(model, first_adapted),
-        model_parameters=list(trained.values()),
-        optimizer=optimizer,
-        config=dict(task.deepspeed),
-        dist_init_required=False,
-    )
-    _set_moments(engine, optimizer, trained, before)
-
-    rows = task.plan.rows
-    cache = LowerCache(lambda i: lower(model, first_adapted, row_tensors(rows[i], dtype, device)), KEPT_BYTES)
-    num_steps = len(task.plan.steps)
-    start = kept[-1] if kept else 0
-    metrics = [one for one in read_metrics(storage, spec.trajectory) if one.step <= start]
-    if not kept:
-        _keep(storage, spec.trajectory, 0, engine, optimizer, trained, rank)
-    written = time.monotonic()
-    for step in range(start + 1, num_steps + 1):
-        begun = time.monotonic()
-        optimizer.prepare_step(step, learning_rate(config, step, num_steps))
-        total = torch.zeros((), device=device)
-        for index in share(task.plan.steps[step - 1], rank, world_size):
-            row = row_tensors(rows[index], dtype, device)
-            weights = torch.ones(row.num_spans, device=device)
-            loss = step_loss(engine(cache(index), row), weights, task.plan.normaliser)
-            total += loss.detach()
-            # DeepSpeed averages over workers; the step is a sum over rows, wherever they are.
-            engine.backward(loss * world_size, scale_wrt_gas=False)
-            engine.step()
-        if world_size > 1:
-            torch.distributed.all_reduce(total)
-        tokens = sum(len(rows[index].ids) for index in task.plan.steps[step - 1])
-        rate = learning_rate(config, step, num_steps)
-        metrics.append(Metric(step, float(total), rate, tokens, time.monotonic() - begun))
-        is_kept = step in kept_steps(num_steps)
-        if rank == 0 and (is_kept or time.monotonic() - written > METRICS_EVERY_S):
-            write_metrics(storage, spec.trajectory, metrics)
-            written = time.monotonic()
-        if is_kept:
-            _keep(storage, spec.trajectory, step, engine, optimizer, trained, rank)
-
-
-def _set_moments(
-    engine: Any, optimizer: Adam, trained: Mapping[str, nn.Parameter], before: Mapping[str, AdamState]
-) -> None:
-    """Zero moments, or those of a kept step, wherever ZeRO keeps its part of them."""
-    from deepspeed.utils import safe_set_full_optimizer_state
-
-    optimizer.prepare_moments()
-    is_sharded = engine.zero_optimization_stage() > 0
-    if (
-        is_sharded
-    ):  # ZeRO links moments to parameters after the first step only; we read and write them before
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-    for name, state in before.items():
-        for key, value in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
-            if is_sharded:
-                safe_set_full_optimizer_state(trained[name], value.to(trained[name].device), key)
-            else:
-                optimizer.state[trained[name]][key].copy_(value)
-
-
-def _keep(
-    storage: Storage,
-    trajectory: str,
-    step: int,
-    engine: Any,
-    optimizer: Adam,
-    trained: Mapping[str, nn.Parameter],
-    rank: int,
-) -> None:
-    """Write the whole state; every worker takes part in gathering it, the first one writes."""
-    state = {name: _whole(engine, optimizer, parameter) for name, parameter in trained.items()}
-    if rank == 0:
-        write_state(storage, trajectory, step, state)
-
-
-def _whole(engine: Any, optimizer: Adam, parameter: nn.Parameter) -> AdamState:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if engine.zero_optimization_stage() == 0:
-        moments = optimizer.state[parameter]
-        return AdamState(parameter.detach().cpu(), moments["exp_avg"].cpu(), moments["exp_avg_sq"].cpu())
-    return AdamState(
-        safe_get_full_fp32_param(parameter).cpu(),
-        safe_get_full_optimizer_state(parameter, "exp_avg").cpu(),
-        safe_get_full_optimizer_state(parameter, "exp_avg_sq").cpu(),
-    )
 
 
 if __name__ == "__main__":

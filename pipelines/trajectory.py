@@ -53,7 +53,7 @@ class TrainingSpec:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One step as it was. ``tokens_per_s`` is this worker's time over all workers' tokens."""
+    """One step as it was: loss and tokens of all workers, the first one's wall time."""
 
     step: int
     loss: float

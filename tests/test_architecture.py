@@ -12,7 +12,7 @@ OURS = ("attribution", "cluster", *WINGS)
 MODULES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))
 
 ADDRESSES = {
-    "deepspeed": ("pipelines/finetune.py",),
+    "deepspeed": ("pipelines/finetune_worker.py",),
     "web3": ("chain/rollup.py",),
     "torch": ("attribution/", "cluster/models.py", "cluster/adapters.py", "pipelines/", "serve_apps/"),
     "ray": ("cluster/", "pipelines/", "serve_apps/", "chain/settler_actor.py"),

@@ -189,7 +189,6 @@ def sharded(
         training=CONFIG.model_copy(update={"rows_per_step": 2, "epochs": 2}),
         num_workers=num_workers,
         deepspeed_config=path,
-        name=f"ada/workers{num_workers}",
     )
     trajectory = str(run("finetune", ground, given, finetune)["trajectory"])
     return state_of(ground, trajectory), read_metrics(ground.storage, trajectory)
