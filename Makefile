@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup check format types contracts test test-slow demo audit bench clean
+.PHONY: help setup check format types contracts test test-slow demo demo-fresh audit clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -36,6 +36,12 @@ test-slow: $(READY)  ## real model, killed processes, whole clusters
 
 demo: $(READY)  ## from shard to claim, on real input, then leaves it running
 	$(BIN)/openledger demo
+
+demo-fresh: $(READY)  ## the demo with everything but the set-up redone
+	$(BIN)/openledger demo --fresh
+
+audit: $(READY)  ## recompute from the chain what everybody was charged and paid
+	$(BIN)/openledger audit --provenance
 
 clean:  ## forget everything but the sources
 	rm -rf $(VENV) .openledger build dist *.egg-info

@@ -4,6 +4,7 @@ It does nothing that the other commands and the public API do not do; what was m
 content is found again and said to be reused.
 """
 
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from attribution.types import Manifest, ManifestEntry, contributor_id
 from chain.rollup import Rollup
 from cluster import jobs
 from cluster.cli import data, laptop, models, money, people, stack
-from cluster.cli.screen import Story, console, table, tokens
+from cluster.cli.screen import Story, console, sparkline, table, tokens
 from cluster.config import Settings
 from cluster.database import connect, reading
 from cluster.storage import get_content, open_storage
@@ -145,8 +146,16 @@ def train(stage: Stage, manifest: Manifest) -> str:
     spec = {"name": NAME, "owner_id": owner.hex(), "manifest_ids": [manifest.manifest_id.hex()]}
     outcome = job(stage, "finetune", spec, models.run_id("finetune", spec))
     models.print_outcome("Training", outcome)
+    losses = losses_of(stage, str(outcome["trajectory"]))
+    console.print(f"loss {losses[0]:.2f} {sparkline(losses)} {losses[-1]:.2f}")
     stage.story.note(train=outcome)
     return str(outcome["adapter"])
+
+
+def losses_of(stage: Stage, trajectory: str) -> list[float]:
+    storage = open_storage(stage.settings.storage_url, s3_endpoint=stage.settings.s3_endpoint)
+    lines = storage.get(f"{trajectory}/metrics.jsonl").decode().splitlines()
+    return [float(json.loads(line)["loss"]) for line in lines]
 
 
 def evaluate(stage: Stage, ref: str) -> None:

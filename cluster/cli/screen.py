@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+BARS = "▁▂▃▄▅▆▇█"
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -59,3 +60,12 @@ def tokens(amount_gwei: int) -> str:
     sign = "-" if amount_gwei < 0 else ""
     whole, part = divmod(abs(amount_gwei), 10**9)
     return f"{sign}{whole:,}.{part:09d} OPEN"
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """A curve in one line: means of equal parts, from the least to the greatest in eight steps."""
+    width = min(width, len(values))
+    parts = [values[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
+    means = [sum(part) / len(part) for part in parts]
+    least, most = min(means), max(means)
+    return "".join(BARS[int(7 * (mean - least) / ((most - least) or 1))] for mean in means)

@@ -2,6 +2,7 @@
 command.
 """
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -70,6 +71,7 @@ def start_ray(settings: Settings) -> None:
 
 def start_services(settings: Settings) -> None:
     start_ray(settings)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve_app.deploy(settings)
     evidence_app.start_pool(settings)
     laptop.say(f"gateway: {settings.public_url}")

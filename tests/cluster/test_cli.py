@@ -77,3 +77,9 @@ def test_an_address_with_a_wrong_checksum_is_refused() -> None:
 
 def test_answers_are_compared_without_case_and_punctuation() -> None:
     assert demo.normalised(" Unused-Loop  control_variable.") == "unused loop control variable"
+
+
+def test_a_sparkline_falls_as_the_loss_does() -> None:
+    assert screen.sparkline([5.0, 4.0, 3.0, 2.0, 1.0]) == "█▆▄▂▁"
+    assert screen.sparkline([2.0, 2.0]) == "▁▁"
+    assert len(screen.sparkline([float(i) for i in range(1000)])) == 60
