@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import yaml
 from sqlalchemy import func, select
 
 from attribution.types import contributor_id
@@ -23,7 +24,7 @@ from chain.provenance import audit_provenance
 from chain.rollup import Rollup
 from cluster import head
 from cluster.cli import data, laptop, money, people, stack
-from cluster.config import Settings
+from cluster.config import Settings, load_settings
 from cluster.contributions import register_contributor
 from cluster.database import connect, reading, writing
 from cluster.datanets import open_datanet
@@ -47,17 +48,19 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Iterator[Settings]:
-    base = toy_models.tiny_base(tmp_path / "base")
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    tools = Path(os.environ.get("OPENLEDGER_HOME", ".openledger")) / "node"
+    monkeypatch.delenv("OPENLEDGER_HOME", raising=False)  # the environment would win over what is set here
+    monkeypatch.delenv("OPENLEDGER_CONFIG", raising=False)
     gateway = free_port()
-    found = Settings(
-        home=tmp_path / "home",
-        run_dir=Path(f"/tmp/olpath{os.getpid()}"),
-        base_model=str(base),
-        gateway_port=gateway,
-        public_url=f"http://127.0.0.1:{gateway}",
-        ray={"num_cpus": 2, "object_store_bytes": 100_000_000},
-        chain={
+    values = {
+        "home": str(tmp_path / "home"),
+        "run_dir": f"/tmp/olpath{os.getpid()}",
+        "base_model": str(toy_models.tiny_base(tmp_path / "base")),
+        "gateway_port": gateway,
+        "public_url": f"http://127.0.0.1:{gateway}",
+        "ray": {"num_cpus": 2, "object_store_bytes": 100_000_000},
+        "chain": {
             "rpc_url": f"http://127.0.0.1:{free_port()}",
             "da_url": f"http://127.0.0.1:{free_port()}",
             "final_tag": "latest",
@@ -66,10 +69,12 @@ def settings(tmp_path: Path) -> Iterator[Settings]:
             "activation_delay_s": 0,
             "lease_s": 3,
         },
-        period={"allow_small": True},
-    )
-    (found.home).mkdir()
-    tools = Path(os.environ.get("OPENLEDGER_HOME", ".openledger")) / "node"
+        "period": {"allow_small": True},
+    }
+    config = tmp_path / "toy.yaml"  # jobs and actors load their settings from the file themselves
+    config.write_text(yaml.safe_dump(values))
+    found = load_settings(config)
+    found.home.mkdir()
     if tools.exists():  # the npm packages are the same; do not install them again
         (found.home / "node").symlink_to(tools.resolve())
     try:
