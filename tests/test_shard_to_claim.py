@@ -35,7 +35,7 @@ from tests import toy_models, toys
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.evm, pytest.mark.timeout(1200)]
 
-TRAINING = {"rank": 2, "alpha": 4, "adapted_blocks": 1, "epochs": 1, "row_tokens": 64, "rows_per_step": 1}
+TRAINING = {"rank": 2, "alpha": 4, "adapted_blocks": 1, "epochs": 1, "row_tokens": 128, "rows_per_step": 1}
 DEPOSIT_GWEI = 10**9
 NUM_QUESTIONS = 6
 
