@@ -29,10 +29,12 @@ contracts: $(READY)  ## recompile the contracts and compare with the checked-in 
 	$(BIN)/python -m chain.compile --check
 
 test: $(READY)  ## everything that takes seconds: no GPU, no network beyond the registries
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu and not ray"
+	sh tests/ray_files.sh $(BIN)/python "ray and not slow and not gpu"
 
 test-slow: $(READY)  ## real model, killed processes, whole clusters
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not ray"
+	sh tests/ray_files.sh $(BIN)/python "ray and slow and not gpu"
 
 demo: $(READY)  ## from shard to claim, on real input, then leaves it running
 	$(BIN)/openledger demo

@@ -12,6 +12,7 @@ from chain.fees import (
     operator_fee_wei,
     upfront_wei,
 )
+from chain.sending import wait_mined
 from chain.transactions import Call, Transaction, tx_hash
 from tests.chain.stage import Stage, address, key
 
@@ -44,8 +45,8 @@ def test_a_transaction_costs_what_the_formulas_say(stage: Stage, data: bytes) ->
         call = Call(address("bob"), data)
         raw = Transaction(stage.deployment.chain_id, nonce, 400_000, fees, call).sign(key("alice"))
         before = rollup.balance_wei(address("alice"))
-        mined = rollup.receipt(rollup.send_raw(raw))
-        assert mined is not None and mined.tx_hash == tx_hash(raw)
+        mined = wait_mined(rollup, rollup.send_raw(raw))
+        assert mined.tx_hash == tx_hash(raw)
         execution = mined.gas_used * mined.gas_price_wei
         expected = execution + l1_fee_wei(raw, PARAMETERS) + operator_fee_wei(mined.gas_used, PARAMETERS)
         assert before - rollup.balance_wei(address("alice")) == expected
