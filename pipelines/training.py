@@ -39,7 +39,7 @@ class TrainingConfig(BaseModel):
     alpha: int = Field(default=32, ge=1)
     adapted_blocks: int = Field(default=8, ge=1)  # the last ones
     linears: tuple[str, ...] = LINEARS
-    wordings_per_record: int = Field(default=4, ge=0)  # 0: all of the manifest's
+    wordings_per_record: int = Field(default=0, ge=0)  # 0: all of the manifest's
     epochs: int = Field(default=2, ge=1)
     row_tokens: int = Field(default=256, ge=16)
     rows_per_step: int = Field(default=2, ge=1)  # the number of workers must divide it

@@ -25,7 +25,7 @@ from cluster.datanets import open_datanet
 from cluster.models import base_model, linear_shapes
 from cluster.storage import Storage, open_storage, put_content
 from cluster.tables import DatanetRow
-from pipelines.finetune import FinetuneSpec, finetune
+from pipelines.finetune import FinetuneSpec, finetune, workers_for
 from pipelines.job import Ground, run
 from pipelines.training import TrainingConfig
 from pipelines.trajectory import Metric, kept_steps, read_metrics, read_state, recorded_steps
@@ -212,6 +212,13 @@ def test_a_closed_datanet_is_not_trained_on(ground: Ground) -> None:
 
 def test_an_unknown_manifest_is_refused(ground: Ground) -> None:
     assert refused(ground, spec(manifest_ids=(sha256(b"none").hex(),))) == "not_found"
+
+
+def test_a_step_s_rows_are_shared_evenly_by_as_many_workers_as_there_are_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert workers_for(rows_per_step=1, wanted=0) == 1
+    assert workers_for(rows_per_step=2, wanted=0) == min(2, cores)
+    assert workers_for(rows_per_step=6, wanted=3) == 3
 
 
 def test_workers_that_cannot_share_a_step_are_refused(ground: Ground) -> None:
