@@ -28,7 +28,7 @@ types: $(READY)
 contracts: $(READY)  ## recompile the contracts and compare with the checked-in artifacts
 	$(BIN)/python -m chain.compile --check
 
-test: $(READY)  ## everything that takes seconds: no GPU, no network beyond the registries
+test: $(READY)  ## everything but the slow suites: no GPU, no network beyond the registries
 	$(BIN)/python -m pytest -m "not slow and not gpu and not ray"
 	sh tests/ray_files.sh $(BIN)/python "ray and not slow and not gpu"
 

@@ -1,6 +1,5 @@
 """A base model is named by its bytes, loads only safetensors, and renders a chat in one way."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -79,7 +78,6 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec(PACKAGED.replace("-", "_")) is None, reason="the package is not installed")
 def test_the_packaged_model_answers_a_question_everyone_knows(tmp_path: Path) -> None:
     """The conversion is right end to end: dequantised, un-permuted, tokenized, rendered."""
     base = base_model(Settings(home=tmp_path, base_model=PACKAGED))
