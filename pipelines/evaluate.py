@@ -9,6 +9,7 @@ the record's after lower-casing and taking every run of other characters than le
 space. The questions are asked of the files through ``transformers``, or of a deployment over HTTP.
 """
 
+import copy
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import httpx
 import torch
 from pydantic import Field
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
 from attribution.errors import Rejected, Unavailable
@@ -33,6 +34,7 @@ from cluster.models import ask, base_model, linear_shapes, load_base, load_token
 from cluster.storage import get_content
 from pipelines.job import Ground, Outcome, main
 from pipelines.manifests import lot
+from pipelines.packing import shared_opening
 from pipelines.spec import Spec
 from pipelines.training import LoraLinear
 
@@ -195,17 +197,30 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """Greedy continuations, in the order of the prompts; like lengths share a batch, padded on the left."""
+    """Greedy continuations, in the order of the prompts; like lengths share a batch, padded on the left.
+
+    What all prompts begin with (the chat template's opening, half of a short question) is computed once."""
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    opening = torch.tensor([prompts[0][: shared_opening(prompts)]], device=model.device)
+    opened = DynamicCache(config=model.config)
+    if opening.numel():
+        model.model(input_ids=opening, past_key_values=opened)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [list(prompts[i]) for i in chosen]}, return_tensors="pt").to(
-            model.device
-        )
-        ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)[
-            :, batch["input_ids"].shape[1] :
-        ]
+        own = [list(prompts[i][opening.shape[1] :]) for i in chosen]
+        batch = tokenizer.pad({"input_ids": own}, return_tensors="pt").to(model.device)
+        before = opening.expand(len(chosen), -1)
+        asked = torch.cat([before, batch["input_ids"]], dim=1)
+        cache = copy.deepcopy(opened)
+        cache.batch_repeat_interleave(len(chosen))
+        ids = model.generate(
+            asked,
+            attention_mask=torch.cat([torch.ones_like(before), batch["attention_mask"]], dim=1),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )[:, asked.shape[1] :]
         for i, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
             answers[i] = text.strip()
     return answers
