@@ -202,7 +202,9 @@ def generate(
     What all prompts begin with (the chat template's opening, half of a short question) is computed once."""
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    opening = torch.tensor([prompts[0][: shared_opening(prompts)]], device=model.device)
+    opening = torch.tensor(
+        [prompts[0][: shared_opening([tuple(one) for one in prompts])]], device=model.device
+    )
     opened = DynamicCache(config=model.config)
     if opening.numel():
         model.model(input_ids=opening, past_key_values=opened)

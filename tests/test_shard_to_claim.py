@@ -4,16 +4,10 @@ is in rows, files and on the chain, so the path completes, every receipt is paid
 nothing.
 """
 
-import os
-import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
-import psutil
 import pytest
-import yaml
 from sqlalchemy import func, select
 
 from attribution.types import contributor_id
@@ -22,9 +16,8 @@ from chain.openings import openings
 from chain.payload_source import PayloadSource
 from chain.provenance import audit_provenance
 from chain.rollup import Rollup
-from cluster import head
 from cluster.cli import data, laptop, money, people, stack
-from cluster.config import Settings, load_settings
+from cluster.config import Settings
 from cluster.contributions import register_contributor
 from cluster.database import connect, reading, writing
 from cluster.datanets import open_datanet
@@ -32,6 +25,7 @@ from cluster.storage import open_storage
 from cluster.tables import AdapterRow, ReceiptRow
 from cluster.wallets import Wallet
 from tests import toy_models, toys
+from tests.whole_path import ask, job, kill_head, own_platform
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.evm, pytest.mark.timeout(1200)]
 
@@ -40,62 +34,11 @@ DEPOSIT_GWEI = 10**9
 NUM_QUESTIONS = 6
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
-    tools = Path(os.environ.get("OPENLEDGER_HOME", ".openledger")) / "node"
-    monkeypatch.delenv("OPENLEDGER_HOME", raising=False)  # the environment would win over what is set here
-    monkeypatch.delenv("OPENLEDGER_CONFIG", raising=False)
-    gateway = free_port()
-    values = {
-        "home": str(tmp_path / "home"),
-        "run_dir": f"/tmp/olpath{os.getpid()}",
-        "base_model": str(toy_models.tiny_base(tmp_path / "base")),
-        "gateway_port": gateway,
-        "public_url": f"http://127.0.0.1:{gateway}",
-        "ray": {"num_cpus": 2, "object_store_bytes": 100_000_000},
-        "chain": {
-            "rpc_url": f"http://127.0.0.1:{free_port()}",
-            "da_url": f"http://127.0.0.1:{free_port()}",
-            "final_tag": "latest",
-            "batch_max_age_s": 2,
-            "poll_s": 0.2,
-            "activation_delay_s": 0,
-            "lease_s": 3,
-        },
-        "period": {"allow_small": True},
-    }
-    config = tmp_path / "toy.yaml"  # jobs and actors load their settings from the file themselves
-    config.write_text(yaml.safe_dump(values))
-    found = load_settings(config)
-    found.home.mkdir()
-    if tools.exists():  # the npm packages are the same; do not install them again
-        (found.home / "node").symlink_to(tools.resolve())
-    try:
+    base = toy_models.tiny_base(tmp_path / "base")
+    with own_platform(tmp_path, monkeypatch, str(base)) as found:
         yield found
-    finally:
-        stack.stop(found)
-
-
-def kill_head(settings: Settings) -> None:
-    """``kill -9`` of everything that Ray started: what a power cut does."""
-    doomed = head.processes(settings)
-    assert doomed
-    for process in doomed:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(doomed, timeout=20)
-    import ray
-
-    ray.shutdown()
 
 
 def test_the_path_completes_whatever_dies_between_its_stages(settings: Settings) -> None:
@@ -124,7 +67,7 @@ def test_the_path_completes_whatever_dies_between_its_stages(settings: Settings)
     people.fund_payer(settings, engine, deployment, payer, DEPOSIT_GWEI)
     key = people.open_key(settings, engine, payer, "payer", DEPOSIT_GWEI)
     money.wait_until(lambda: people.deposits_are_seen(engine, [payer], DEPOSIT_GWEI), "the deposit", 60)
-    ask(settings, key, str(ref))
+    ask(settings, key, str(ref), [f"Name {one.subject}." for one in toys.records()[:NUM_QUESTIONS]])
 
     kill_head(settings)
     stack.start_services(settings)
@@ -150,23 +93,6 @@ def contribute(settings: Settings) -> None:
         owner = laptop.own_wallet(settings, f"contributor-{n}")
         part = b"".join(lines[n::3])
         data.contribute_shard(settings, engine, "toy-metals", owner.name, owner.address, owner.key, part)
-
-
-def job(settings: Settings, kind: str, spec: dict[str, object]) -> dict[str, object]:
-    return money.run_job(settings, kind, spec, f"{kind}-toy", print)
-
-
-def ask(settings: Settings, key: str, ref: str) -> None:
-    for n in range(NUM_QUESTIONS):
-        question = f"Name {toys.records()[n].subject}."
-        body = {"model": ref, "max_tokens": 4, "messages": [{"role": "user", "content": question}]}
-        answer = httpx.post(
-            f"{settings.public_url}/v1/chat/completions",
-            json=body,
-            headers={"Authorization": f"Bearer {key}"},
-            timeout=120,
-        )
-        assert answer.status_code == 200, answer.text
 
 
 def engine_receipts(settings: Settings) -> int:

@@ -83,17 +83,7 @@ _SENTENCE = re.compile(
 
 def drafts(cache: Path) -> tuple[ShardDraft, ...]:
     """One shard per editor, the Jargon File first."""
-    return tuple(_draft(one, _package(one, cache), None) for one in DICTIONARIES)
-
-
-def shared_drafts(cache: Path) -> tuple[ShardDraft, ...]:
-    """Only what the Jargon File and FOLDOC both define: a small set in which most of the second is copied."""
-    headwords = [
-        {entry.headword.casefold() for entry in entries(one.name, _package(one, cache).root)}
-        for one in DICTIONARIES[:2]
-    ]
-    both = frozenset.intersection(*map(frozenset, headwords))
-    return tuple(_draft(one, _package(one, cache), both) for one in DICTIONARIES[:2])
+    return tuple(_draft(one, _package(one, cache)) for one in DICTIONARIES)
 
 
 def entries(name: str, root: Path) -> list[Entry]:
@@ -137,7 +127,7 @@ def _package(dictionary: Dictionary, cache: Path) -> Package:
     return fetch_package(f"dict-{dictionary.name}", cache, dictionary.pinned)
 
 
-def _draft(dictionary: Dictionary, package: Package, only: frozenset[str] | None) -> ShardDraft:
+def _draft(dictionary: Dictionary, package: Package) -> ShardDraft:
     rows = (
         {
             "subject": question(entry),
@@ -149,6 +139,6 @@ def _draft(dictionary: Dictionary, package: Package, only: frozenset[str] | None
             "licence": dictionary.licence,
         }
         for entry in entries(dictionary.name, package.root)
-        if not is_reference(entry) and (only is None or entry.headword.casefold() in only)
+        if not is_reference(entry)
     )
     return ShardDraft(DATANET.name, dictionary.editor, jsonl(rows))
