@@ -11,12 +11,12 @@ space. The questions are asked of the files through ``transformers``, or of a de
 
 import copy
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -29,9 +29,11 @@ from transformers.modeling_utils import PreTrainedModel
 from attribution.errors import Rejected, Unavailable
 from attribution.types import Adapter, Manifest, Record
 from cluster.adapters import AdapterWeights, load_adapter, resolve
+from cluster.config import Settings
 from cluster.database import reading
 from cluster.models import ask, base_model, linear_shapes, load_base, load_tokenizer, native_dtype
-from cluster.storage import get_content
+from cluster.storage import get_content, open_storage
+from pipelines.fan_out import fan_out, num_workers
 from pipelines.job import Ground, Outcome, main
 from pipelines.manifests import lot
 from pipelines.packing import shared_opening
@@ -76,7 +78,10 @@ class Score:
         return self.right / self.asked if self.asked else 0.0
 
 
-Answer = Callable[[Sequence[Question]], list[str]]
+Answers = list[tuple[str, str]]
+"""What the base and what the tuned model said, question by question."""
+
+FromFiles = Callable[[Adapter, Sequence[Question]], Answers]
 
 
 def questions(manifest: Manifest, num_questions: int, num_controls: int) -> list[Question]:
@@ -116,7 +121,7 @@ def score(asked: Sequence[Question], answers: Sequence[str], *, controls: bool) 
     return Score(sum(is_right(q, a) for q, a in of_kind), len(of_kind))
 
 
-def evaluate(ground: Ground, spec: EvaluateSpec) -> Outcome:
+def evaluate(ground: Ground, spec: EvaluateSpec, from_files: FromFiles) -> Outcome:
     """Ask base and tuned; the sheet of all answers goes to ``evaluations/<run_id>.jsonl`` in storage."""
     with reading(ground.engine) as session:
         adapter = resolve(session, spec.adapter)
@@ -126,8 +131,7 @@ def evaluate(ground: Ground, spec: EvaluateSpec) -> Outcome:
     ]
     part = -(-spec.num_questions // len(manifests))
     asked = [q for one in manifests for q in questions(one, part, -(-spec.num_controls // len(manifests)))]
-    base, tuned = _over_http(spec, adapter) if spec.endpoint else _from_files(ground, spec, adapter)
-    answers = {"base": base(asked), "tuned": tuned(asked)}
+    answers = over_http(spec, adapter, asked) if spec.endpoint else from_files(adapter, asked)
     sheet = [
         {
             "record_id": q.record_id.hex(),
@@ -139,12 +143,12 @@ def evaluate(ground: Ground, spec: EvaluateSpec) -> Outcome:
             "base_is_right": is_right(q, b),
             "tuned_is_right": is_right(q, t),
         }
-        for q, b, t in zip(asked, answers["base"], answers["tuned"], strict=True)
+        for q, (b, t) in zip(asked, answers, strict=True)
     ]
     key = f"evaluations/{spec.run_id}.jsonl"
     ground.storage.put(key, b"".join(json.dumps(line).encode() + b"\n" for line in sheet))
     outcome: dict[str, object] = {"adapter": adapter.ref, "sheet": key}
-    for who, given in answers.items():
+    for who, given in zip(("base", "tuned"), zip(*answers, strict=True), strict=True):
         for kind, is_control in (("heldout", False), ("controls", True)):
             found = score(asked, given, controls=is_control)
             print(f"{who} {kind}: {found.right} of {found.asked} right ({found.share:.3f})", flush=True)
@@ -152,31 +156,26 @@ def evaluate(ground: Ground, spec: EvaluateSpec) -> Outcome:
     return outcome
 
 
-def _from_files(ground: Ground, spec: EvaluateSpec, adapter: Adapter) -> tuple[Answer, Answer]:
-    """The base, and the base with the packed adapter beside it. The second may be asked after the first
-    only."""
-    base = base_model(ground.settings)
+def answer_from_files(
+    settings: Settings, spec: EvaluateSpec, adapter: Adapter, asked: Sequence[Question]
+) -> Answers:
+    """By the base, then by the base with the packed adapter beside it."""
+    base = base_model(settings)
     if base.base_id != adapter.base_id:
         raise Rejected(
             "wrong_base",
             f"{adapter.ref} is for base {adapter.base_id.hex()}, this is {base.base_id.hex()}",
             field="adapter",
         )
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(base.path)
     model = load_base(base.path, native_dtype(device)).to(device)
-    weights = load_adapter(ground.storage, adapter, linear_shapes(base.path))
-
-    def answer(asked: Sequence[Question]) -> list[str]:
-        prompts = [ask(tokenizer, question.text) for question in asked]
-        return generate(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size)
-
-    def tuned(asked: Sequence[Question]) -> list[str]:
-        attach(model, weights)
-        return answer(asked)
-
-    return answer, tuned
+    prompts = [ask(tokenizer, question.text) for question in asked]
+    of_base = generate(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size)
+    storage = open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint)
+    attach(model, load_adapter(storage, adapter, linear_shapes(base.path)))
+    tuned = generate(model, tokenizer, prompts, spec.max_new_tokens, spec.batch_size)
+    return list(zip(of_base, tuned, strict=True))
 
 
 def attach(model: PreTrainedModel, weights: AdapterWeights) -> None:
@@ -228,23 +227,18 @@ def generate(
     return answers
 
 
-def _over_http(spec: EvaluateSpec, adapter: Adapter) -> tuple[Answer, Answer]:
+def over_http(spec: EvaluateSpec, adapter: Adapter, asked: Sequence[Question]) -> Answers:
     """Both by name, at the deployment's own price; a greedy answer."""
     key = "" if spec.api_key_path is None else spec.api_key_path.read_text(encoding="utf-8").strip()
     client = httpx.Client(
         base_url=spec.endpoint, headers={"Authorization": f"Bearer {key}"}, timeout=HTTP_TIMEOUT_S
     )
 
-    def answer_as(model: str) -> Answer:
-        def answer(asked: Sequence[Question]) -> list[str]:
-            with ThreadPoolExecutor(HTTP_AT_ONCE) as pool:
-                return list(
-                    pool.map(lambda question: _chat(client, model, question.text, spec.max_new_tokens), asked)
-                )
+    def answers_of(model: str) -> list[str]:
+        with ThreadPoolExecutor(HTTP_AT_ONCE) as pool:
+            return list(pool.map(lambda q: _chat(client, model, q.text, spec.max_new_tokens), asked))
 
-        return answer
-
-    return answer_as(spec.base_name), answer_as(adapter.ref)
+    return list(zip(answers_of(spec.base_name), answers_of(adapter.ref), strict=True))
 
 
 def _chat(client: httpx.Client, model: str, question: str, max_tokens: int) -> str:
@@ -264,7 +258,28 @@ def _chat(client: httpx.Client, model: str, question: str, max_tokens: int) -> s
     return str(reply.json()["choices"][0]["message"]["content"]).strip()
 
 
+def _answer_part(
+    settings: Settings, spec: EvaluateSpec, adapter: Adapter, part: Sequence[Question]
+) -> Answers:
+    torch.set_num_threads(1)
+    return answer_from_files(settings, spec, adapter, part)
+
+
+def evaluate_in_parallel(ground: Ground, spec: EvaluateSpec) -> Outcome:
+    """One thread in every worker: two that share a small product wait for each other."""
+
+    def in_parallel(adapter: Adapter, asked: Sequence[Question]) -> Answers:
+        width = min(num_workers(), len(asked))
+        parts = [asked[at::width] for at in range(width)]
+        found: Answers = [("", "")] * len(asked)
+        for at, answers in enumerate(fan_out(partial(_answer_part, ground.settings, spec, adapter), parts)):
+            found[at::width] = answers
+        return found
+
+    return evaluate(ground, spec, in_parallel)
+
+
 if __name__ == "__main__":
     from pipelines import evaluate as by_name  # Ray cannot send to workers what is of __main__
 
-    sys.exit(main("evaluate", by_name.EvaluateSpec, by_name.evaluate))
+    sys.exit(main("evaluate", by_name.EvaluateSpec, by_name.evaluate_in_parallel))

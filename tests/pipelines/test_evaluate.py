@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from cluster.storage import open_storage, put_content
 from pipelines.evaluate import (
     EvaluateSpec,
     Score,
+    answer_from_files,
     attach,
     evaluate,
     generate,
@@ -28,7 +30,7 @@ from pipelines.evaluate import (
     questions,
     score,
 )
-from pipelines.job import Ground, run
+from pipelines.job import Ground, Outcome, run
 from tests import toy_models, toys
 
 
@@ -61,6 +63,11 @@ def published(tmp_path: Path, base: Path, engine: Engine, made_for: bytes) -> Gr
             now=0,
         )
     return Ground(settings, engine, storage)
+
+
+def alone(ground: Ground, spec: EvaluateSpec) -> Outcome:
+    """In this process, without Ray."""
+    return evaluate(ground, spec, partial(answer_from_files, ground.settings, spec))
 
 
 def test_what_is_compared_is_letters_and_digits() -> None:
@@ -104,7 +111,7 @@ def test_a_batch_answers_as_each_would_alone(base: Path) -> None:
 
 def test_the_sheet_holds_what_the_score_counts(ground: Ground, base: Path) -> None:
     spec = EvaluateSpec(run_id="e1", adapter="ada/metals", num_questions=4, num_controls=2, max_new_tokens=4)
-    outcome = run("evaluate", ground, spec, evaluate)
+    outcome = run("evaluate", ground, spec, alone)
     sheet = [json.loads(line) for line in ground.storage.get(str(outcome["sheet"])).splitlines()]
     assert outcome["adapter"] == "ada/metals@1"
     for who in ("base", "tuned"):
@@ -163,14 +170,14 @@ def over_http(endpoint: str, key: Path) -> EvaluateSpec:
 
 def test_a_deployment_is_asked_by_the_adapter_s_name(ground: Ground, endpoint: str, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("key-1\n")
-    outcome = run("evaluate", ground, over_http(endpoint, tmp_path / "key"), evaluate)
+    outcome = run("evaluate", ground, over_http(endpoint, tmp_path / "key"), alone)
     assert outcome["tuned_heldout"] == {"right": 4, "asked": 4, "share": 1.0}
     assert outcome["base_heldout"] == {"right": 0, "asked": 4, "share": 0.0}
 
 
 def refused(ground: Ground, spec: EvaluateSpec) -> str:
     with pytest.raises(Refusal) as refusal:
-        run("evaluate", ground, spec, evaluate)
+        run("evaluate", ground, spec, alone)
     return refusal.value.code
 
 

@@ -21,7 +21,7 @@ from cluster.config import Settings
 from cluster.database import connect, migrate, writing
 from cluster.datanets import open_datanet
 from cluster.storage import open_storage, put_content
-from pipelines.evaluate import EvaluateSpec, evaluate
+from pipelines.evaluate import EvaluateSpec, evaluate_in_parallel
 from pipelines.finetune import FinetuneSpec, finetune
 from pipelines.job import Ground, run
 from pipelines.sources import python_lint
@@ -43,11 +43,10 @@ def measure(home: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="ol", dir="/tmp", ignore_cleanup_errors=True) as folder:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, _temp_dir=folder)
         trained = run("finetune", ground, FinetuneSpec.model_validate(given), finetune)
+        trained_s = time.monotonic() - began
+        spec = EvaluateSpec(run_id="bench-eval", adapter=str(trained["adapter"]))
+        asked = run("evaluate", ground, spec, evaluate_in_parallel)
         ray.shutdown()
-    trained_s = time.monotonic() - began
-    asked = run(
-        "evaluate", ground, EvaluateSpec(run_id="bench-eval", adapter=str(trained["adapter"])), evaluate
-    )
     return {
         "conditions": {
             "processor": platform.processor() or platform.machine(),
