@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import httpx
 from sqlalchemy import Engine, select, update
@@ -228,7 +229,7 @@ def _show(text: str, on_log: Callable[[str], None], *, to_the_end: bool) -> int:
 def _call(settings: Settings, method: str, path: str, body: Json | None = None) -> httpx.Response:
     url = find(settings).jobs_url
     try:
-        reply = httpx.request(method, url + path, json=body, headers=token_header(settings), timeout=30)
+        reply = _client().request(method, url + path, json=body, headers=token_header(settings))
     except httpx.HTTPError as error:
         raise Unavailable("ray_unreachable", f"{url}: {error or type(error).__name__}") from error
     if reply.status_code in (401, 403):
@@ -236,6 +237,12 @@ def _call(settings: Settings, method: str, path: str, body: Json | None = None) 
             "ray_token", f"{url} does not accept the token of {settings.ray.token_path}", http_status=401
         )
     return reply
+
+
+@cache
+def _client() -> httpx.Client:
+    """One for all calls: every new one reads the machine's certificates, a tenth of a core while we wait."""
+    return httpx.Client(timeout=30)
 
 
 def _last_line(text: str) -> str:

@@ -90,6 +90,9 @@ def examples(manifest: Manifest, asker: Asker, wordings_per_record: int, seed: i
 def plan(given: Sequence[Example], *, row_tokens: int, rows_per_step: int, epochs: int, seed: int) -> Plan:
     """Pack and order. The number of rows is a multiple of ``rows_per_step``: no step is smaller than another.
 
+    A row has the same place in its step in every epoch, so the same worker computes it, who remembers what
+    the frozen blocks made of it.
+
     Raises:
         Rejected: ``nothing_to_train_on``; ``example_too_long``, naming the record and both lengths.
     """
@@ -100,8 +103,11 @@ def plan(given: Sequence[Example], *, row_tokens: int, rows_per_step: int, epoch
     rows = pack(given, row_tokens=row_tokens, rows_per_step=rows_per_step, seed=seed)
     steps: list[tuple[int, ...]] = []
     for epoch in range(epochs):
-        order = sorted(range(len(rows)), key=lambda row: _lot(seed, "row", epoch, row))
-        steps += [tuple(order[i : i + rows_per_step]) for i in range(0, len(order), rows_per_step)]
+        places = [
+            sorted(range(place, len(rows), rows_per_step), key=lambda row: _lot(seed, "row", epoch, row))
+            for place in range(rows_per_step)
+        ]
+        steps += zip(*places, strict=True)
     answer_tokens = epochs * sum(row.num_answer_tokens for row in rows)
     return Plan(rows, tuple(steps), normaliser=max(1, round(answer_tokens / len(steps))))
 

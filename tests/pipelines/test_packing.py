@@ -63,6 +63,9 @@ def test_every_epoch_trains_on_every_row_once_in_an_order_of_its_own() -> None:
     for steps in epochs:
         assert sorted(row for step in steps for row in step) == list(range(len(planned.rows)))
         assert all(len(step) == 2 for step in steps)
+        assert [set(place) for place in zip(*steps, strict=True)] == [
+            set(place) for place in zip(*epochs[0], strict=True)
+        ]  # so one worker sees a row in every epoch
 
 
 def test_the_plan_follows_from_the_seed_and_not_from_the_order_of_arrival() -> None:
