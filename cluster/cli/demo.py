@@ -159,7 +159,7 @@ def losses_of(stage: Stage, trajectory: str) -> list[float]:
 
 
 def evaluate(stage: Stage, ref: str) -> None:
-    spec = {"adapter": ref, "num_questions": 150, "num_controls": 40, "batch_size": 95}
+    spec = {"adapter": ref, "num_questions": 150, "num_controls": 40}
     outcome = job(stage, "evaluate", spec, models.run_id("evaluate", spec))
     shares = {name: outcome[name]["share"] for name in SHARES}
     rows = [
