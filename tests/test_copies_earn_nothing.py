@@ -91,7 +91,9 @@ def test_the_editor_of_the_copies_is_paid_nothing_for_them(settings: Settings) -
         paid = dict(
             session.execute(
                 select(PayoutRow.contributor_id, PayoutRow.amount_gwei).where(PayoutRow.role == "contributor")
-            ).tuples()
+            )
+            .tuples()
+            .all()
         )
     assert paid.keys() == {original.contributor_id.hex()} and all(paid.values())
     rewarded = money.everyone(settings, engine)

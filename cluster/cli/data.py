@@ -28,14 +28,14 @@ def list_datanets(settings: Settings) -> None:
     engine = connect(settings.database_url)
     with reading(engine) as session:
         shards = dict(
-            session.execute(select(ShardRow.datanet, func.count()).group_by(ShardRow.datanet)).tuples()
+            session.execute(select(ShardRow.datanet, func.count()).group_by(ShardRow.datanet)).tuples().all()
         )
         kept = (
             select(RecordRow.datanet, func.count())
             .where(RecordRow.state == "kept")
             .group_by(RecordRow.datanet)
         )
-        records = dict(session.execute(kept).tuples())
+        records = dict(session.execute(kept).tuples().all())
         rows = [
             (row.name, row.title, row.licence, shards.get(row.name, 0), records.get(row.name, 0))
             for row in session.scalars(select(DatanetRow).order_by(DatanetRow.name))
