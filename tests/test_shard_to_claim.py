@@ -4,6 +4,10 @@ is in rows, files and on the chain, so the path completes, every receipt is paid
 nothing.
 """
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +21,7 @@ from chain.payload_source import PayloadSource
 from chain.provenance import audit_provenance
 from chain.rollup import Rollup
 from cluster.cli import data, laptop, money, people, stack
-from cluster.config import Settings
+from cluster.config import Settings, child_environment
 from cluster.contributions import register_contributor
 from cluster.database import connect, reading, writing
 from cluster.datanets import open_datanet
@@ -81,6 +85,8 @@ def test_the_path_completes_whatever_dies_between_its_stages(settings: Settings)
     assert money.claim_for(settings, engine, money.everyone(settings, engine))
 
     check(settings, engine_receipts(settings), payer)
+    stack.start_services(settings)
+    say_everything(settings, str(ref))
 
 
 def contribute(settings: Settings) -> None:
@@ -115,3 +121,24 @@ def check(settings: Settings, num_receipts: int, payer: Wallet) -> None:
     assert provenance.is_clean, provenance.to_text()
     captured = rollup.payer_state(payer.address).captured_wei
     assert captured == sum(batch.fee_gwei for batch in arithmetic.batches) * 10**9
+
+
+def say_everything(settings: Settings, ref: str) -> None:
+    """Every command that only looks, or may be repeated, on what the path has left."""
+
+    def say(*argv: str) -> str:
+        command = [sys.executable, "-m", "cluster.cli.main", *argv]
+        environment = {**os.environ, **child_environment(settings), "COLUMNS": "200"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    assert "toy-metals" in say("datanet", "list")
+    assert "manifest_ids" in say("datanet", "spec", "toy-metals", "--name", "toy/again")
+    assert ref in say("deploy", ref)
+    receipt = re.search("receipt ([0-9a-f]{64})", say("chat", ref, "Name a metal.", "--key-of", "payer"))
+    assert receipt and receipt[1] in say("evidence", receipt[1], "--key-of", "payer")
+    assert ref in say("usage", "--key-of", "payer")
+    assert "settler" in say("status") and "http" in say("jobs-url")
+    assert "ok" in say("chain", "verify") and "holds" in say("audit", "--provenance")
+    assert "contributor-0" in say("claim", "contributor-0")
