@@ -28,8 +28,7 @@ from tests.whole_path import ask, job, own_platform
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.evm, pytest.mark.timeout(1800)]
 
 NUM_TERMS = 40
-NUM_QUESTIONS = 16
-TRAINING = {"rank": 8, "alpha": 16, "adapted_blocks": 4, "wordings_per_record": 2, "epochs": 2}
+TRAINING = {"epochs": 3}  # until the answers are known: nobody earns by answers that no record is behind
 DEPOSIT_GWEI = 10**9
 
 
@@ -82,7 +81,7 @@ def test_the_editor_of_the_copies_is_paid_nothing_for_them(settings: Settings) -
     key = people.open_key(settings, engine, payer, "payer", DEPOSIT_GWEI)
     money.wait_until(lambda: people.deposits_are_seen(engine, [payer], DEPOSIT_GWEI), "the deposit", 60)
     wording = manifest.heldout_wordings[0]
-    asked = [wording.replace("{subject}", one.record.subject) for one in manifest.entries[:NUM_QUESTIONS]]
+    asked = [wording.replace("{subject}", one.record.subject) for one in manifest.entries]
     ask(settings, key, ref, asked, max_tokens=8)
 
     period_id = money.close_period(settings, print)
