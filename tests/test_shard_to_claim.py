@@ -141,4 +141,4 @@ def say_everything(settings: Settings, ref: str) -> None:
     assert ref in say("usage", "--key-of", "payer")
     assert "settler" in say("status") and "http" in say("jobs-url")
     assert "ok" in say("chain", "verify") and "holds" in say("audit", "--provenance")
-    assert "contributor-0" in say("claim", "contributor-0")
+    assert "Wallets" in say("claim", "all")
