@@ -7,9 +7,10 @@ everybody.
 """
 
 import json
-from typing import Any, Literal, Self
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from attribution.errors import Rejected
 from serve_apps.engine.grammar import json_grammar, tool_grammar
@@ -17,11 +18,29 @@ from serve_apps.engine.types import MAX_LOGPROBS, SamplingParams, TokenScore, wi
 from serve_apps.tool_calls import call_text
 
 MAX_COMPLETION_LOGPROBS = 5  # as the OpenAI reference has it for /v1/completions
+MAX_SCHEMA_DEPTH = 64
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
 
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
+    """Whoever walks a schema later may recurse."""
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        level = [child for value in level for child in _children(value)]
+        if not level:
+            return schema
+    raise ValueError(f"nested more than {MAX_SCHEMA_DEPTH} levels deep")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
 class StreamOptions(Body):
@@ -109,7 +128,7 @@ def _parsed(arguments: str) -> Any:
 class Function(Body):
     name: str = Field(pattern=NAME)
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
     strict: bool | None = None  # calls fit their schema always
 
 
@@ -130,7 +149,7 @@ class NamedTool(Body):
 class JsonSchema(Body):
     name: str = Field(pattern=NAME)
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    schema_: Schema | None = Field(default=None, alias="schema")
     strict: bool | None = None  # answers fit the schema always
 
 
@@ -227,7 +246,7 @@ class ChatRequest(Generation):
     def refuse_unsupported(self) -> None:
         Generation.refuse_unsupported(self)
         if self.reasoning_effort:
-            raise _unsupported("reasoning_effort", self.reasoning_effort)
+            raise unsupported("reasoning_effort", self.reasoning_effort)
         if self.top_logprobs is not None:
             within("top_logprobs", self.top_logprobs, 0, MAX_LOGPROBS)
             if not self.logprobs:
@@ -247,7 +266,7 @@ class ChatRequest(Generation):
             if (tool.function.parameters or {}).get("type", "object") != "object":
                 raise _mismatch("tools", f"the parameters of {tool.function.name} are not of type object")
         if self.calls_tools and self.response_format is not None and self.response_format.type != "text":
-            raise _unsupported("response_format", f"{self.response_format.type} beside tools")
+            raise unsupported("response_format", f"{self.response_format.type} beside tools")
 
     @property
     def calls_tools(self) -> bool:
@@ -297,12 +316,12 @@ class CompletionRequest(Generation):
     def refuse_unsupported(self) -> None:
         Generation.refuse_unsupported(self)
         if self.best_of not in (None, self.num_choices):
-            raise _unsupported("best_of", self.best_of)
+            raise unsupported("best_of", self.best_of)
         if self.suffix:
-            raise _unsupported("suffix", self.suffix)
+            raise unsupported("suffix", self.suffix)
         within("logprobs", self.logprobs or 0, 0, MAX_COMPLETION_LOGPROBS)
         if self.echo and self.logprobs is not None:
-            raise _unsupported("logprobs", f"{self.logprobs} with echo")
+            raise unsupported("logprobs", f"{self.logprobs} with echo")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -323,7 +342,7 @@ def _token(key: str) -> int:
     return int(key)
 
 
-def _unsupported(field: str, given: object) -> Rejected:
+def unsupported(field: str, given: object) -> Rejected:
     return Rejected("unsupported_parameter", f"{field}={given!r} is not supported here", field=field)
 
 

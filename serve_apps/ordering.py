@@ -73,9 +73,9 @@ async def order_of(
     """Raises: Rejected for whatever is wrong with the request, but for credit."""
     content = await request.body()
     _refuse_twins(content)
-    max_tokens = _allowed_tokens(body.asked_tokens, len(prompt.token_ids), shared)
     if isinstance(body, ChatRequest):
         await asyncio.to_thread(check_grammar, shared, body)
+    max_tokens = _allowed_tokens(body.asked_tokens, len(prompt.token_ids), shared)
     sampling = body.sampling(max_tokens, seed=secrets.randbits(63))
     if not all(bias.token_id < len(shared.tokenizer) for bias in sampling.logit_bias):
         raise Rejected("token_out_of_range", "logit_bias has ids that are no tokens", field="logit_bias")
@@ -119,7 +119,10 @@ def _refuse_twins(body: bytes) -> None:
                 "duplicate_key", f"{twins[0][:100]!r} stands twice in an object", field=twins[0][:100]
             )
 
-    json.loads(body, object_pairs_hook=check)
+    try:
+        json.loads(body, object_pairs_hook=check)
+    except RecursionError as error:
+        raise Rejected("body_too_deep", "the body is nested too deeply") from error
 
 
 def _allowed_tokens(asked: int | None, num_prompt: int, shared: Services) -> int:
