@@ -1,7 +1,8 @@
 """What was ordered and what came back: the values between routes and sessions.
 
 An answer has one choice or several (``n``). They share prompt, price, receipt and charge; each is a
-generation of its own, with a seed that depends on the order's seed and the choice's number alone."""
+generation of its own, with a seed that depends on the order's seed and the choice's number alone.
+Embeddings are an answer too: one choice for each input, base64 for its text, and no token."""
 
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from serve_apps.catalog import ServedModel
 from serve_apps.engine.types import EngineRequest, SamplingParams, TokenLogprob, within
 
 MAX_CHOICES = 128
+MAX_INPUTS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,14 @@ class Order:
     is_stored: bool  # False keeps hashes only
     is_streamed: bool
     num_choices: int = 1
+    inputs: tuple[tuple[int, ...], ...] = ()  # what is embedded, one for each choice; together ``prompt_ids``
 
     def __post_init__(self) -> None:
-        within("n", self.num_choices, 1, MAX_CHOICES)
+        if self.inputs:
+            within("input", len(self.inputs), 1, MAX_INPUTS)
+            assert self.num_choices == len(self.inputs)
+        else:
+            within("n", self.num_choices, 1, MAX_CHOICES)
 
     def cost_gwei(self, completion_tokens: int) -> int:
         """The prompt is paid once, every token of every choice is."""
@@ -40,7 +47,7 @@ class Order:
 
     @property
     def max_gwei(self) -> int:
-        return self.cost_gwei(self.num_choices * self.sampling.max_tokens)
+        return self.cost_gwei(0 if self.inputs else self.num_choices * self.sampling.max_tokens)
 
     def engine_request(self, request_id: bytes, choice: int) -> EngineRequest:
         """The generation of one choice; the first has the very id and seed of the order."""
@@ -53,9 +60,10 @@ class Order:
             request_id=request_id,
             owner="",  # the pool's to fill in
             tenant=self.account.account_id,
-            prompt_ids=self.prompt_ids,
+            prompt_ids=self.inputs[choice] if self.inputs else self.prompt_ids,
             sampling=replace(self.sampling, seed=seed),
             adapter_id=self.model.adapter_id,
+            is_embedding=bool(self.inputs),
         )
 
 

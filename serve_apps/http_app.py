@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from attribution.errors import Refusal, Unavailable
 from cluster import charges
-from serve_apps import datanet_api, http_errors, openai_api, receipts_api, responses_api
+from serve_apps import datanet_api, embeddings_api, http_errors, openai_api, receipts_api, responses_api
 from serve_apps.services import Services, Shared
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ def build_app(services: Services, *keepers: Keeper, release_every_s: float = 5.0
         await services.sessions.close()
         await services.pool.close()
 
-    # py_ecc, which eth-account brings, sets 100,000 when imported: at that, a body of nested brackets overflows
-    # the stack and takes the process along instead of being refused.
+    # py_ecc, which eth-account imports, sets 100,000: at that, nested brackets overflow the stack and take
+    # the process along, instead of being refused.
     sys.setrecursionlimit(RECURSION_LIMIT)
     app = FastAPI(title="OpenLedger gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.services = services
@@ -51,6 +51,7 @@ def build_app(services: Services, *keepers: Keeper, release_every_s: float = 5.0
     app.add_middleware(_Guard, services=services)
     app.include_router(openai_api.router)
     app.include_router(responses_api.router)
+    app.include_router(embeddings_api.router)
     app.include_router(receipts_api.router)
     app.include_router(datanet_api.router)
     app.get("/healthz")(healthz)

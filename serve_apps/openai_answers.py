@@ -55,7 +55,8 @@ def proof(settled: Settled) -> dict[str, str | int]:
 
 def call_id(request_id: bytes, choice: int, index: int) -> str:
     """The same when an answer is repeated."""
-    return f"call_{hashlib.sha256(request_id + bytes([choice]) + index.to_bytes(4, 'big')).hexdigest()[:24]}"
+    preimage = request_id + choice.to_bytes(4, "big") + index.to_bytes(4, "big")
+    return f"call_{hashlib.sha256(preimage).hexdigest()[:24]}"
 
 
 def whole(form: Form, settled: Settled) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from attribution.errors import Refusal
@@ -20,7 +20,7 @@ from serve_apps.answers import Order, Piece, Settled
 from serve_apps.http_errors import openai_error
 from serve_apps.openai_answers import Chunks, Form, whole
 from serve_apps.openai_schema import ChatRequest, CompletionRequest
-from serve_apps.ordering import chat_prompt, order_of, plain_prompt
+from serve_apps.ordering import chat_prompt, order_of, plain_prompt, refuse_unclear
 from serve_apps.services import Caller, Services, Shared
 
 router = APIRouter()
@@ -45,7 +45,7 @@ async def models(shared: Shared, caller: Caller) -> dict[str, Any]:
     return {"object": "list", "data": [base, *listed]}
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", dependencies=[Depends(refuse_unclear)])
 async def chat_completions(
     request: Request,
     body: ChatRequest,
@@ -66,7 +66,7 @@ async def chat_completions(
     return await _respond(shared, form, order)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", dependencies=[Depends(refuse_unclear)])
 async def completions(
     request: Request,
     body: CompletionRequest,

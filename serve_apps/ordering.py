@@ -62,6 +62,28 @@ def plain_prompt(shared: Services, body: CompletionRequest) -> Prompt:
     return Prompt(ids, (Turn("", str(shared.tokenizer.decode(ids))),))
 
 
+async def refuse_unclear(request: Request) -> None:
+    """What no schema of a body sees: a key that stands twice in an object says two things, and half a
+    surrogate pair is no text. A dependency of every route that answers for money."""
+
+    def check(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        twins = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
+        if twins:
+            twice = f"{twins[0][:100]!r} stands twice in an object"
+            raise Rejected("duplicate_key", twice, field=twins[0][:100])
+        return dict(pairs)
+
+    try:
+        body = json.loads(await request.body(), object_pairs_hook=check)
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Rejected("invalid_unicode", f"the body has half a surrogate pair: {error.reason}") from error
+    except RecursionError as error:
+        raise Rejected("body_too_deep", "the body is nested too deeply") from error
+    except ValueError:
+        return  # no JSON at all, which is said elsewhere
+
+
 async def order_of(
     request: Request,
     body: ChatRequest | CompletionRequest,
@@ -72,7 +94,6 @@ async def order_of(
 ) -> Order:
     """Raises: Rejected for whatever is wrong with the request, but for credit."""
     content = await request.body()
-    _refuse_twins(content)
     if isinstance(body, ChatRequest):
         await asyncio.to_thread(check_grammar, shared, body)
     max_tokens = _allowed_tokens(body.asked_tokens, len(prompt.token_ids), shared)
@@ -107,22 +128,6 @@ def check_grammar(shared: Services, body: ChatRequest) -> None:
             shared.grammars.constraint(body.grammar)
     except Rejected as refusal:
         raise Rejected(refusal.code, f"{field}: {refusal.message}", field=field) from refusal
-
-
-def _refuse_twins(body: bytes) -> None:
-    """A key that stands twice in an object says two things; which of them is paid for must be clear."""
-
-    def check(pairs: list[tuple[str, object]]) -> None:
-        twins = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
-        if twins:
-            raise Rejected(
-                "duplicate_key", f"{twins[0][:100]!r} stands twice in an object", field=twins[0][:100]
-            )
-
-    try:
-        json.loads(body, object_pairs_hook=check)
-    except RecursionError as error:
-        raise Rejected("body_too_deep", "the body is nested too deeply") from error
 
 
 def _allowed_tokens(asked: int | None, num_prompt: int, shared: Services) -> int:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from attribution.errors import Refusal, Rejected
@@ -18,7 +18,7 @@ from serve_apps.answers import Order, Piece, Settled
 from serve_apps.http_errors import openai_error
 from serve_apps.openai_answers import call_id, proof
 from serve_apps.openai_api import IdempotencyKey, event, headers, last_of
-from serve_apps.ordering import chat_prompt, order_of
+from serve_apps.ordering import chat_prompt, order_of, refuse_unclear
 from serve_apps.responses_schema import ResponsesRequest
 from serve_apps.services import Caller, Services, Shared
 from serve_apps.tool_calls import Arguments, CallBegun, CallReader, Content, read_calls
@@ -33,7 +33,7 @@ SPELLINGS = {
 }
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", dependencies=[Depends(refuse_unclear)])
 async def responses(
     request: Request,
     body: ResponsesRequest,

@@ -5,7 +5,7 @@ one thread. No Ray, no HTTP, no money."""
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -67,6 +67,7 @@ class Engine:
         adapters: AdapterCache[LoraWeights],
         decode: Decode,
         constrain: Constrain,
+        embed: Callable[[Tensor], str],
         eos_ids: frozenset[int],
     ) -> None:
         self._runner = runner
@@ -74,6 +75,7 @@ class Engine:
         self._adapters = adapters
         self._decode = decode
         self._constrain = constrain
+        self._embed = embed
         self._eos_ids = eos_ids
         self._inbox = _Inbox()
         self._answers: dict[bytes, _Answer] = {}
@@ -189,6 +191,9 @@ class Engine:
                 yield _failed(
                     row.request_id, Corrupted("logits_not_finite", f"logits of {row.adapter_id.hex()}")
                 )
+            elif self._answers[row.request_id].request.is_embedding:
+                self._forget(row.request_id)
+                yield TokenEvent(row.request_id, (), self._embed(row_logits), Finish("stop"))
             else:
                 yield self._advance_or_fail(row, row_logits, argmax)
 

@@ -18,6 +18,7 @@ from serve_apps.engine.kv_cache import BlockPool
 from serve_apps.engine.lora import Factors, LoraWeights, fuse
 from serve_apps.engine.model_runner import ModelRunner
 from serve_apps.engine.scheduler import Limits, Scheduler
+from serve_apps.engine.unembedding import Unembedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
         AdapterCache(load, config.adapters),
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
         constrain=Grammars(tokenizer, decoder.shape.vocabulary, eos_ids).constraint,
+        embed=Unembedding(decoder.head).embedding,
         eos_ids=frozenset(eos_ids),
     )
 

@@ -95,7 +95,9 @@ def within(field: str, value: float, low: float, high: float) -> None:
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One generation. ``owner`` (a gateway) may cancel it and its death does; ``tenant`` (an account) is whom
-    fairness and the sharing of cached prefixes are reckoned by."""
+    fairness and the sharing of cached prefixes are reckoned by.
+
+    An embedding is answered at the prompt's last token: no token, and as text ``Unembedding.embedding``."""
 
     request_id: bytes
     owner: str
@@ -103,6 +105,7 @@ class EngineRequest:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     adapter_id: bytes = ZERO_ID  # zero is the base model
+    is_embedding: bool = False
 
     @property
     def max_length(self) -> int:
