@@ -118,14 +118,15 @@ async def order_of(
 
 
 def check_grammar(shared: Services, body: ChatRequest) -> None:
-    """Compile what the engine will compile, schema by schema, so that a refusal names the one that is bad."""
+    """Compile what the engine will compile and take the first step, schema by schema, so that a refusal names
+    the one that is bad."""
     field = ""
     try:
         for field, schema in body.schemas.items():  # noqa: B007  (the last is the one that failed)
-            shared.grammars.constraint(json_grammar(schema))
+            shared.grammars.constraint(json_grammar(schema)).allowed()
         field = "tools" if body.calls_tools else "response_format"
         if body.grammar:
-            shared.grammars.constraint(body.grammar)
+            shared.grammars.constraint(body.grammar).allowed()
     except Rejected as refusal:
         raise Rejected(refusal.code, f"{field}: {refusal.message}", field=field) from refusal
 

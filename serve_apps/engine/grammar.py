@@ -25,11 +25,11 @@ _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 
 
 class Constraint(Protocol):
+    """One answer's way through a grammar. Both raise Rejected when that turns out too complex."""
+
     def allowed(self) -> Tensor:
         """Which tokens may come next, bool ``[vocabulary]``; an end token is among them where the answer may
-        end.
-
-        Raises: Rejected when the grammar turned out too complex."""
+        end."""
         ...
 
     def advance(self, token_id: int) -> bool:
@@ -73,11 +73,14 @@ class _Matcher:
         scores = self._matcher.compute_logit_bias()  # a byte per token, not zero where it is allowed
         if self._matcher.is_error():
             raise _refused(self._matcher.get_error())
-        return torch.frombuffer(bytearray(scores), dtype=torch.uint8).bool()
+        allowed = torch.frombuffer(bytearray(scores), dtype=torch.uint8).bool()
+        if not allowed.any():
+            raise _refused("no token of this model goes on with it")
+        return allowed
 
     def advance(self, token_id: int) -> bool:
-        is_taken = self._matcher.consume_token(token_id)
-        assert is_taken, f"token {token_id}: {self._matcher.get_error()}"
+        if not self._matcher.consume_token(token_id):
+            raise _refused(self._matcher.get_error())
         return bool(self._matcher.is_stopped())
 
 

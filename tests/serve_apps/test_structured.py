@@ -180,6 +180,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}},
         "response_format.json_schema.schema",
     ),
+    "a schema too complex": (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "x",
+                    "schema": {"type": "string", "pattern": "^(a?){500}(a{500}){500}$"},
+                },
+            }
+        },
+        "response_format.json_schema.schema",
+    ),
     "a large schema": (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": LARGE}}},
         "response_format.json_schema.schema",

@@ -159,6 +159,18 @@ def test_a_grammar_that_is_none_is_refused_at_submit(toy_engine: Engine) -> None
     assert endless.value.field == "ignore_eos"
 
 
+def test_a_grammar_that_turns_out_too_complex_fails_its_own_answer_only(toy_engine: Engine) -> None:
+    """It compiles; the first step is too much."""
+    grammar = json_grammar({"type": "string", "pattern": "^(a?){500}(a{500}){500}$"})
+    bad, good = request((5, 6), grammar=grammar, ignore_eos=False), request((5, 6))
+    answers = run(toy_engine, [bad, good])
+    failed, done = answers[bad.request_id].finish, answers[good.request_id].finish
+    assert failed is not None and failed.refusal is not None and failed.refusal.code == "schema_not_supported"
+    assert done is not None and done.reason == "length"
+    load = toy_engine.load()
+    assert load.num_free_blocks == load.num_blocks - 1
+
+
 def test_preempted_answers_keep_their_place_in_the_grammar(toys: Toys) -> None:
     """A cache too small for all: answers are computed anew, their grammars go on."""
     schema = {"type": "array", "items": {"enum": ["ab", "cd"]}, "minItems": 30, "maxItems": 30}
