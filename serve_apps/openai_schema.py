@@ -305,6 +305,14 @@ class ChatRequest(Generation):
     def asked_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def tokens_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def prompt_field(self) -> str:
+        return "messages"
+
 
 class CompletionRequest(Generation):
     prompt: str | list[int] | list[str] | list[list[int]]
@@ -330,6 +338,14 @@ class CompletionRequest(Generation):
     @property
     def asked_tokens(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens  # the OpenAI default of this endpoint
+
+    @property
+    def tokens_field(self) -> str:
+        return "max_tokens"
+
+    @property
+    def prompt_field(self) -> str:
+        return "prompt"
 
 
 def _of_object(schema: dict[str, Any] | None) -> dict[str, Any]:

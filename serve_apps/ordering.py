@@ -96,7 +96,7 @@ async def order_of(
     content = await request.body()
     if isinstance(body, ChatRequest):
         await asyncio.to_thread(check_grammar, shared, body)
-    max_tokens = _allowed_tokens(body.asked_tokens, len(prompt.token_ids), shared)
+    max_tokens = _allowed_tokens(body, len(prompt.token_ids), shared)
     sampling = body.sampling(max_tokens, seed=secrets.randbits(63))
     if not all(bias.token_id < len(shared.tokenizer) for bias in sampling.logit_bias):
         raise Rejected("token_out_of_range", "logit_bias has ids that are no tokens", field="logit_bias")
@@ -118,32 +118,33 @@ async def order_of(
 
 
 def check_grammar(shared: Services, body: ChatRequest) -> None:
-    """Compile what the engine will compile and take the first step, schema by schema, so that a refusal names
-    the one that is bad."""
+    """Compile what the engine will compile, schema by schema, so that a refusal names the one that is bad."""
     field = ""
     try:
         for field, schema in body.schemas.items():  # noqa: B007  (the last is the one that failed)
-            shared.grammars.constraint(json_grammar(schema)).allowed()
+            shared.grammars.constraint(json_grammar(schema))
         field = "tools" if body.calls_tools else "response_format"
         if body.grammar:
-            shared.grammars.constraint(body.grammar).allowed()
+            shared.grammars.constraint(body.grammar)
     except Rejected as refusal:
         raise Rejected(refusal.code, f"{field}: {refusal.message}", field=field) from refusal
 
 
-def _allowed_tokens(asked: int | None, num_prompt: int, shared: Services) -> int:
-    limits = shared.limits
+def _allowed_tokens(body: ChatRequest | CompletionRequest, num_prompt: int, shared: Services) -> int:
+    limits, asked, field = shared.limits, body.asked_tokens, body.tokens_field
     room = limits.max_context_tokens - num_prompt
     if num_prompt == 0:
-        raise Rejected("prompt_empty", "the prompt has no tokens", field="prompt")
+        raise Rejected("prompt_empty", "the prompt has no tokens", field=body.prompt_field)
+    if asked is not None and asked < 1:
+        raise Rejected("max_tokens_out_of_range", f"{field} is {asked}, at least 1 is needed", field=field)
     if asked is not None and asked > limits.max_completion_tokens:
-        most = f"max_tokens is {asked}, at most {limits.max_completion_tokens} are allowed"
-        raise Rejected("max_tokens_too_large", most, field="max_tokens")
+        most = f"{field} is {asked}, at most {limits.max_completion_tokens} are allowed"
+        raise Rejected("max_tokens_too_large", most, field=field)
     if room < (asked or 1):
         raise Rejected(
             "context_length_exceeded",
             f"{num_prompt} prompt tokens and {asked or 1} to generate, the context holds"
             f" {limits.max_context_tokens}",
-            field="messages",
+            field=body.prompt_field,
         )
     return min(room, limits.max_completion_tokens) if asked is None else asked

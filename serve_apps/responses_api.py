@@ -27,7 +27,7 @@ router = APIRouter()
 Event = dict[str, Any]
 SPELLINGS = {
     r"^messages\b": "input",
-    r"^max_tokens$": "max_output_tokens",
+    r"^max_(completion_)?tokens$": "max_output_tokens",
     r"^response_format\b(\.json_schema)?": "text.format",
     r"\.function\.parameters$": ".parameters",
 }

@@ -103,11 +103,16 @@ def test_none_are_told_unasked_and_a_repeat_has_none(gateway: Gateway) -> None:
         ("logprobs", {"logprobs": 1, "echo": True}),
         ("best_of", {"best_of": 3}),
         ("suffix", {"suffix": "x"}),
+        ("max_tokens", {"max_tokens": 0}),
+        ("prompt", {"prompt": []}),
+        ("prompt", {"prompt": ["a", "b"]}),
+        ("prompt", {"prompt": [10**6]}),
+        ("prompt", {"prompt": "x" * 2000}),
     ],
 )
 def test_completions_refuse_what_they_cannot(gateway: Gateway, field: str, change: dict[str, object]) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        gateway.client().completions.create(model="base", prompt="abc", **change)  # type: ignore[call-overload]
+        gateway.client().completions.create(**{"model": "base", "prompt": "abc", **change})  # type: ignore[call-overload]
     assert refused.value.param == field
 
 

@@ -148,6 +148,12 @@ REFUSED = {
     "unknown version": ({"model": "toy/a1@9"}, 404, "model_not_found", "model"),
     "huge max_tokens": ({"max_tokens": 10**9}, 400, "max_tokens_too_large", "max_tokens"),
     "no max_tokens": ({"max_tokens": 0}, 400, "max_tokens_out_of_range", "max_tokens"),
+    "no completion tokens": (
+        {"max_completion_tokens": 0},
+        400,
+        "max_tokens_out_of_range",
+        "max_completion_tokens",
+    ),
     "over-long prompt": (
         {"messages": [{"role": "user", "content": "x" * 2000}]},
         400,
