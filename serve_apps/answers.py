@@ -102,12 +102,15 @@ class Settled:
 
 def gather(pieces: list[Piece], finish_reasons: list[str]) -> tuple[Choice, ...]:
     """The choices that ``pieces``, in the order in which they came, make up."""
+    parts: list[list[Piece]] = [[] for _ in finish_reasons]
+    for piece in pieces:
+        parts[piece.choice].append(piece)
     return tuple(
         Choice(
-            text="".join(piece.text for piece in pieces if piece.choice == number),
+            text="".join(piece.text for piece in own),
             finish_reason=reason,
-            token_ids=tuple(t for piece in pieces if piece.choice == number for t in piece.token_ids),
-            logprobs=tuple(told for piece in pieces if piece.choice == number for told in piece.logprobs),
+            token_ids=tuple(token for piece in own for token in piece.token_ids),
+            logprobs=tuple(told for piece in own for told in piece.logprobs),
         )
-        for number, reason in enumerate(finish_reasons)
+        for own, reason in zip(parts, finish_reasons, strict=True)
     )

@@ -49,7 +49,7 @@ def chat_prompt(shared: Services, body: ChatRequest) -> Prompt:
 
 
 def plain_prompt(shared: Services, body: CompletionRequest) -> Prompt:
-    prompt: str | list[int] | list[str] | list[list[int]] | str | list[int] = body.prompt
+    prompt = body.prompt
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         if len(prompt) > 1:
             raise Rejected("unsupported_parameter", f"{len(prompt)} prompts in one request", field="prompt")

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from attribution.errors import Rejected
 
 MAX_SCHEMA_BYTES = 32 * 1024
+MAX_TOOLS_BYTES = 128 * 1024  # of all tools together
 
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 
@@ -111,13 +112,17 @@ def tool_grammar(schemas: Mapping[str, Mapping[str, Any] | None], *, may_talk: b
         before = json.dumps(f'\n{{"name": "{name}", "arguments": ')
         after = json.dumps(f"}}\n{CALL_END}")
         lines += [f"f{i}: {before} a{i} {after}", f"a{i}: %json {_compact(schema)}"]
-    return LLMatcher.grammar_from_lark("\n".join(lines))
+    return LLMatcher.grammar_from_lark(_bounded("\n".join(lines), MAX_TOOLS_BYTES))
 
 
 def _compact(schema: Mapping[str, Any] | None) -> str:
-    text = json.dumps({**({"type": "object"} if schema is None else schema), "x-guidance": _COMPACT})
-    if len(text) > MAX_SCHEMA_BYTES:
-        large = f"the schema has {len(text)} bytes, at most {MAX_SCHEMA_BYTES} are allowed"
+    whole = {**({"type": "object"} if schema is None else schema), "x-guidance": _COMPACT}
+    return _bounded(json.dumps(whole), MAX_SCHEMA_BYTES)
+
+
+def _bounded(text: str, most: int) -> str:
+    if len(text) > most:
+        large = f"the schema has {len(text)} bytes, at most {most} are allowed"
         raise Rejected("schema_too_large", large, field="schema")
     return text
 

@@ -151,6 +151,33 @@ def test_a_conversation_with_calls_goes_on(gateway: Gateway) -> None:
     assert create(**ended, messages=[*ASK, *plain]).choices[0].message == after.choices[0].message
 
 
+KNOWING = (
+    "{% for tool in tools %}[{{ tool.function.name }}]{% endfor %}{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}({{ c.function.name }} {{ c.function.arguments.num_steps }}){% endfor %};"
+    "{% endfor %}"
+)
+
+
+def test_a_template_that_knows_tools_is_given_them_and_what_became_of_them(gateway: Gateway) -> None:
+    gateway.services.tokenizer.chat_template = KNOWING
+    arguments = '{"direction": "north", "num_steps": 2, "is_fast": true}'
+    call = {"id": "call_1", "type": "function", "function": {"name": "move", "arguments": arguments}}
+    messages = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "done"},
+    ]
+    answer = gateway.client().chat.completions.create(
+        model="base",
+        messages=messages,  # type: ignore[arg-type]
+        tools=[tool()],  # type: ignore[list-item]
+        max_tokens=3,
+    )
+    told = "[move]user:Where to?;assistant:(move 2);tool:done;"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(gateway.services.tokenizer.encode(told))
+
+
 def test_a_call_cut_off_by_length_says_so(gateway: Gateway) -> None:
     ways: dict[str, Any] = {"model": "base", "messages": ASK, "tools": [tool()], "tool_choice": "required"}
     answer = gateway.client().chat.completions.create(**ways, max_tokens=50).choices[0]
@@ -160,6 +187,7 @@ def test_a_call_cut_off_by_length_says_so(gateway: Gateway) -> None:
 
 
 LARGE = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(3000)}}
+SIZEABLE = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(600)}}
 TOOLS = {"tools": [tool()]}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a format of none": ({"response_format": {"type": "yaml"}}, "response_format.type"),
@@ -191,6 +219,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({**TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
     "a bad second tool": ({"tools": [tool(), tool("b", {"not": {}})]}, "tools.1.function.parameters"),
     "a large tool": ({"tools": [tool("b", LARGE)]}, "tools.0.function.parameters"),
+    "many large tools": ({"tools": [tool(f"t{i}", SIZEABLE) for i in range(9)]}, "tools"),
     "a tool of no object": ({"tools": [tool("b", {"type": "string"})]}, "tools"),
     "a tool without name": ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
     "a tool with a bad name": ({"tools": [tool('b"}')]}, "tools.0.function.name"),
