@@ -152,9 +152,10 @@ def test_a_conversation_with_calls_goes_on(gateway: Gateway) -> None:
 
 
 KNOWING = (
-    "{% for tool in tools %}[{{ tool.function.name }}]{% endfor %}{% for m in messages %}{{ m.role }}:{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}({{ c.function.name }} {{ c.function.arguments.num_steps }}){% endfor %};"
-    "{% endfor %}"
+    "{% for tool in tools %}[{{ tool.function.name }}]{% endfor %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}({{ c.function.name }} {{ c.function.arguments.num_steps }})"
+    "{% endfor %};{% endfor %}"
 )
 
 
