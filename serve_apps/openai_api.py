@@ -31,18 +31,27 @@ IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_lengt
 async def models(shared: Shared, caller: Caller) -> dict[str, Any]:
     adapters = await shared.read(lambda session: catalog.served(session, shared.base.base_id))
     base = {"id": catalog.BASE, "object": "model", "created": 0, "owned_by": "openledger"}
-    listed = [
-        {
-            "id": adapter.ref,
-            "object": "model",
-            "created": 0,
-            "owned_by": adapter.name.split("/")[0],
-            "root": catalog.base_ref(adapter.base_id),
-            "openledger": {"adapter_id": adapter.adapter_id.hex(), "base_id": adapter.base_id.hex()},
-        }
-        for adapter in adapters
-    ]
+    listed = [_model(adapter.ref, adapter.base_id, adapter.adapter_id) for adapter in adapters]
     return {"object": "list", "data": [base, *listed]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(name: str, shared: Shared, caller: Caller) -> dict[str, Any]:
+    """What ``name`` stands for now: a bare name is the promoted version."""
+    base_id, price = shared.base.base_id, shared.base_gwei_per_token
+    found = await shared.read(lambda session: catalog.resolve(session, name, base_id, price))
+    return _model(found.ref, found.base_id, found.adapter_id)
+
+
+def _model(ref: str, base_id: bytes, adapter_id: bytes) -> dict[str, Any]:
+    return {
+        "id": ref,
+        "object": "model",
+        "created": 0,
+        "owned_by": ref.split("/")[0] if "/" in ref else "openledger",
+        "root": catalog.base_ref(base_id),
+        "openledger": {"adapter_id": adapter_id.hex(), "base_id": base_id.hex()},
+    }
 
 
 @router.post("/v1/chat/completions", dependencies=[Depends(refuse_unclear)])

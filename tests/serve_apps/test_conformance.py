@@ -132,6 +132,11 @@ def test_completions_are_of_the_published_shape(gateway: Gateway, change: dict[s
 def test_models_are_of_the_published_shape(gateway: Gateway) -> None:
     told = gateway.http().get("/v1/models").json()
     assert told["object"] == "list" and all(Model.model_validate(model) for model in told["data"])
+    retrieve = gateway.client().models.retrieve
+    assert retrieve("toy/a1").id == retrieve("toy/a1@1").id == "toy/a1@1"
+    assert retrieve("base").id.startswith("base@") and retrieve("base").owned_by == "openledger"
+    with pytest.raises(openai.NotFoundError):
+        retrieve("toy/none")
 
 
 class Problem(pydantic.BaseModel):
