@@ -134,12 +134,23 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def has_tools_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template has a place for tools."""
+    template = tokenizer.chat_template
+    return isinstance(template, dict) or re.search(r"\btools\b", template or "") is not None
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
     """The token ids of a chat up to where the assistant begins. Training, evaluation, serving and attribution
     all come here, so that a model is asked exactly as it was trained.
 
     Args:
-        messages: ``{"role": "system" | "user" | "assistant", "content": text}``, oldest first.
+        messages: ``{"role": "system" | "user" | "assistant", "content": text}``, oldest first; with ``tools``
+            also calls and their results, as a template that ``has_tools_template`` takes them.
     """
     if tokenizer.chat_template is None:
         raise Rejected(
@@ -148,7 +159,10 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping
             field="messages",
         )
     ids = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], add_generation_prompt=True, return_dict=False
+        [dict(m) for m in messages],
+        tools=[dict(tool) for tool in tools] or None,
+        add_generation_prompt=True,
+        return_dict=False,
     )
     return list(ids)
 

@@ -24,12 +24,16 @@ _DELETE_AT_ONCE = 500
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What was asked and answered, as text and as the very tokens the engine saw and gave."""
+    """What was asked and answered, as text and as the very tokens the engine saw and gave.
+
+    An answer of several choices is attributed by one of them, so that what attribution costs does not depend
+    on their number; of the others only the text is kept, for whoever repeats the request."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     prompt_text: str
     answer_text: str
+    other_texts: tuple[str, ...] = ()
 
 
 def key_path(home: Path) -> Path:
@@ -63,9 +67,10 @@ def load_key(path: Path) -> bytes:
 
 def seal(key: bytes, transcript: Transcript, request_id: bytes) -> bytes:
     """Nonce and ciphertext; opens only with the same key and request id."""
-    encoder = Encoder("openledger/transcript/1")
+    encoder = Encoder("openledger/transcript/2")
     encoder.each(transcript.prompt_ids, Encoder.u64).each(transcript.answer_ids, Encoder.u64)
     encoder.blob(transcript.prompt_text.encode()).blob(transcript.answer_text.encode())
+    encoder.each(transcript.other_texts, lambda e, text: e.blob(text.encode()))
     nonce = secrets.token_bytes(_NONCE_BYTES)
     return nonce + AESGCM(key).encrypt(nonce, encoder.finish(), request_id)
 
@@ -82,9 +87,10 @@ def open_sealed(key: bytes, ciphertext: bytes, request_id: bytes) -> Transcript:
         raise Corrupted(
             "transcript", f"the transcript of request {request_id.hex()} does not open"
         ) from error
-    decoder = Decoder(plain, "openledger/transcript/1")
+    decoder = Decoder(plain, "openledger/transcript/2")
     ids = decoder.each(Decoder.u64), decoder.each(Decoder.u64)
-    transcript = Transcript(*ids, decoder.blob().decode(), decoder.blob().decode())
+    texts = decoder.blob().decode(), decoder.blob().decode()
+    transcript = Transcript(*ids, *texts, decoder.each(lambda d: d.blob().decode()))
     decoder.finish()
     return transcript
 

@@ -16,6 +16,7 @@ from cluster.database import connect
 from cluster.models import base_model, load_tokenizer
 from cluster.storage import open_storage
 from cluster.transcripts import key_path, load_key
+from serve_apps.engine.grammar import Grammars
 from serve_apps.http_app import build_app
 from serve_apps.services import Limits, Services
 from serve_apps.sessions import Sessions, Terms
@@ -50,6 +51,7 @@ class Gateway:
 def open_services(settings: Settings) -> Services:
     """Everything a gateway needs, opened in the process that calls; workers connect later."""
     base = base_model(settings)
+    tokenizer = load_tokenizer(base.path)
     database = connect(settings.database_url)
     pool = WorkerPool(gateway_id=uuid.uuid4().hex[:12])
     terms = Terms(settings.prices.reservation_lease_s, load_key(key_path(Path(settings.home))))
@@ -59,7 +61,8 @@ def open_services(settings: Settings) -> Services:
             settings.storage_url, s3_endpoint=settings.s3_endpoint, cache_dir=settings.home / "cache"
         ),
         base=base,
-        tokenizer=load_tokenizer(base.path),
+        tokenizer=tokenizer,
+        grammars=Grammars(tokenizer, len(tokenizer)),
         pool=pool,
         sessions=Sessions(database, pool, terms),
         limits=Limits(settings.engine.max_context_tokens, settings.engine.max_completion_tokens),

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -15,10 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from attribution.errors import Refusal, Unavailable
 from cluster import charges
-from serve_apps import datanet_api, http_errors, openai_api, receipts_api
+from serve_apps import datanet_api, embeddings_api, http_errors, openai_api, receipts_api, responses_api
 from serve_apps.services import Services, Shared
 
 log = logging.getLogger(__name__)
+
+RECURSION_LIMIT = 1000  # Python's own
 
 Keeper = Callable[[Services], Awaitable[None]]
 
@@ -39,11 +42,16 @@ def build_app(services: Services, *keepers: Keeper, release_every_s: float = 5.0
         await services.sessions.close()
         await services.pool.close()
 
+    # py_ecc, which eth-account imports, sets 100,000: at that, nested brackets overflow the stack and take
+    # the process along, instead of being refused.
+    sys.setrecursionlimit(RECURSION_LIMIT)
     app = FastAPI(title="OpenLedger gateway", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.services = services
     http_errors.install(app)
     app.add_middleware(_Guard, services=services)
     app.include_router(openai_api.router)
+    app.include_router(responses_api.router)
+    app.include_router(embeddings_api.router)
     app.include_router(receipts_api.router)
     app.include_router(datanet_api.router)
     app.get("/healthz")(healthz)

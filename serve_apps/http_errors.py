@@ -19,6 +19,7 @@ _TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+_NO_FIELDS = ("body", "str", "int", "float", "NamedTool")  # the branches of unions; lists have a bracket
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -68,7 +69,9 @@ def install(app: FastAPI) -> None:
     async def malformed(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body")
+        field = ".".join(
+            str(part) for part in first["loc"] if part not in _NO_FIELDS and "[" not in str(part)
+        )
         unknown = first["type"] == "extra_forbidden"
         code = "unknown_parameter" if unknown else "invalid_value"
         return respond(request, Rejected(code, f"{field or 'body'}: {first['msg']}", field=field))

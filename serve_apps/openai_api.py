@@ -5,51 +5,56 @@ whatever goes wrong until then has its proper status."""
 
 import asyncio
 import json
-import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from attribution.commitment import Turn, prompt_sha256
-from attribution.errors import Refusal, Rejected
-from attribution.hashing import sha256
-from cluster.accounts import Account
+from attribution.errors import Refusal
 from cluster.charges import Charge
-from cluster.models import render_prompt
-from serve_apps import catalog, openai_schema
+from serve_apps import catalog
+from serve_apps.answers import Order, Piece, Settled
 from serve_apps.http_errors import openai_error
-from serve_apps.openai_schema import ChatRequest, Chunks, CompletionRequest
+from serve_apps.openai_answers import Chunks, Form, whole
+from serve_apps.openai_schema import ChatRequest, CompletionRequest
+from serve_apps.ordering import chat_prompt, order_of, plain_prompt, refuse_unclear
 from serve_apps.services import Caller, Services, Shared
-from serve_apps.sessions import Order, Piece, Settled
 
 router = APIRouter()
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_length=255)]
-Generation = ChatRequest | CompletionRequest
 
 
 @router.get("/v1/models")
 async def models(shared: Shared, caller: Caller) -> dict[str, Any]:
     adapters = await shared.read(lambda session: catalog.served(session, shared.base.base_id))
     base = {"id": catalog.BASE, "object": "model", "created": 0, "owned_by": "openledger"}
-    listed = [
-        {
-            "id": adapter.ref,
-            "object": "model",
-            "created": 0,
-            "owned_by": adapter.name.split("/")[0],
-            "root": catalog.base_ref(adapter.base_id),
-            "openledger": {"adapter_id": adapter.adapter_id.hex(), "base_id": adapter.base_id.hex()},
-        }
-        for adapter in adapters
-    ]
+    listed = [_model(adapter.ref, adapter.base_id, adapter.adapter_id) for adapter in adapters]
     return {"object": "list", "data": [base, *listed]}
 
 
-@router.post("/v1/chat/completions")
+@router.get("/v1/models/{name:path}")
+async def model(name: str, shared: Shared, caller: Caller) -> dict[str, Any]:
+    """What ``name`` stands for now: a bare name is the promoted version."""
+    base_id, price = shared.base.base_id, shared.base_gwei_per_token
+    found = await shared.read(lambda session: catalog.resolve(session, name, base_id, price))
+    return _model(found.ref, found.base_id, found.adapter_id)
+
+
+def _model(ref: str, base_id: bytes, adapter_id: bytes) -> dict[str, Any]:
+    return {
+        "id": ref,
+        "object": "model",
+        "created": 0,
+        "owned_by": ref.split("/")[0] if "/" in ref else "openledger",
+        "root": catalog.base_ref(base_id),
+        "openledger": {"adapter_id": adapter_id.hex(), "base_id": base_id.hex()},
+    }
+
+
+@router.post("/v1/chat/completions", dependencies=[Depends(refuse_unclear)])
 async def chat_completions(
     request: Request,
     body: ChatRequest,
@@ -57,14 +62,20 @@ async def chat_completions(
     caller: Caller,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    messages = [message.plain for message in body.messages]
-    ids = await asyncio.to_thread(render_prompt, shared.tokenizer, messages)
-    turns = [Turn(message["role"], message["content"]) for message in messages]
-    order = await _order(request, body, shared, caller, idempotency_key, ids, turns)
-    return await _respond(shared, body, order, is_chat=True)
+    body.refuse_unsupported()
+    prompt = await asyncio.to_thread(chat_prompt, shared, body)
+    order = await order_of(request, body, prompt, shared, caller, idempotency_key)
+    form = Form(
+        is_chat=True,
+        token_bytes=shared.grammars.token_bytes,
+        calls_tools=body.calls_tools,
+        has_logprobs=body.num_logprobs is not None,
+        has_usage=body.wants_usage,
+    )
+    return await _respond(shared, form, order)
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", dependencies=[Depends(refuse_unclear)])
 async def completions(
     request: Request,
     body: CompletionRequest,
@@ -72,117 +83,65 @@ async def completions(
     caller: Caller,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    ids, text = await asyncio.to_thread(_plain_prompt, shared, body)
-    order = await _order(request, body, shared, caller, idempotency_key, ids, [Turn("", text)])
-    return await _respond(shared, body, order, is_chat=False)
-
-
-def _plain_prompt(shared: Services, body: CompletionRequest) -> tuple[list[int], str]:
-    prompt = body.prompt
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        return list(shared.tokenizer.encode(prompt)), prompt
-    if not all(isinstance(token, int) for token in prompt):
-        raise Rejected("unsupported_parameter", f"{len(prompt)} prompts in one request", field="prompt")
-    ids = [int(token) for token in prompt]
-    if not all(0 <= token < len(shared.tokenizer) for token in ids):
-        raise Rejected("token_out_of_range", "the prompt has ids that are no tokens", field="prompt")
-    return ids, str(shared.tokenizer.decode(ids))
-
-
-async def _order(
-    request: Request,
-    body: Generation,
-    shared: Services,
-    account: Account,
-    idempotency_key: str | None,
-    prompt_ids: list[int],
-    turns: list[Turn],
-) -> Order:
-    """Everything that can be refused before money is touched."""
     body.refuse_unsupported()
-    max_tokens = _allowed_tokens(body.asked_tokens, len(prompt_ids), shared)
-    base_id, price = shared.base.base_id, shared.base_gwei_per_token
-    model = await shared.read(lambda session: catalog.resolve(session, body.model, base_id, price))
-    return Order(
-        account=account,
-        model=model,
-        prompt_ids=tuple(prompt_ids),
-        prompt_text="\n\n".join(turn.content for turn in turns),
-        prompt_sha256=prompt_sha256(turns),
-        sampling=body.sampling(max_tokens, seed=secrets.randbits(63)),
-        idempotency_key=idempotency_key,
-        request_sha256=sha256(request.url.path.encode() + b"\n" + await request.body()),
-        is_stored=body.store is not False,
-        is_streamed=body.stream,
+    prompt = await asyncio.to_thread(plain_prompt, shared, body)
+    order = await order_of(request, body, prompt, shared, caller, idempotency_key)
+    form = Form(
+        is_chat=False,
+        token_bytes=shared.grammars.token_bytes,
+        has_logprobs=body.num_logprobs is not None,
+        has_usage=body.wants_usage,
+        echo=prompt.text if body.echo else "",
     )
+    return await _respond(shared, form, order)
 
 
-def _allowed_tokens(asked: int | None, num_prompt: int, shared: Services) -> int:
-    limits = shared.limits
-    room = limits.max_context_tokens - num_prompt
-    if num_prompt == 0:
-        raise Rejected("prompt_empty", "the prompt has no tokens", field="prompt")
-    if asked is not None and asked > limits.max_completion_tokens:
-        most = f"max_tokens is {asked}, at most {limits.max_completion_tokens} are allowed"
-        raise Rejected("max_tokens_too_large", most, field="max_tokens")
-    if room < (asked or 1):
-        raise Rejected(
-            "context_length_exceeded",
-            f"{num_prompt} prompt tokens and {asked or 1} to generate, the context holds"
-            f" {limits.max_context_tokens}",
-            field="messages",
-        )
-    return min(room, limits.max_completion_tokens) if asked is None else asked
-
-
-async def _respond(shared: Services, body: Generation, order: Order, is_chat: bool) -> Response:
+async def _respond(shared: Services, form: Form, order: Order) -> Response:
     started = time.monotonic()
     charge = await shared.sessions.reserve(order)
     answer = shared.sessions.answer(order, charge)
-    if not body.stream:
-        async with aclosing(answer):
-            *_, settled = [item async for item in answer]
-        assert isinstance(settled, Settled)
-        _count(shared, settled)
-        whole = openai_schema.chat_completion if is_chat else openai_schema.completion
-        return JSONResponse(whole(settled), headers=_headers(charge))
+    if not order.is_streamed:
+        settled = await last_of(answer)
+        shared.metrics.count(settled.receipt)
+        return JSONResponse(whole(form, settled), headers=headers(charge))
     first = await anext(answer)
     shared.metrics.first_token.observe(time.monotonic() - started)
 
     async def chunks() -> AsyncIterator[str]:
         async with aclosing(answer):
-            make = Chunks(charge.request_id, order.model.ref, int(time.time()), is_chat)
+            make = Chunks(form, charge.request_id, order.model.ref, int(time.time()), order.num_choices)
             try:
-                if (opening := make.opening()) is not None:
-                    yield _event(opening)
+                for chunk in make.opening():
+                    yield event(chunk)
                 item: Piece | Settled = first
                 while not isinstance(item, Settled):
-                    if item.text:
-                        yield _event(make.text(item.text))
+                    for chunk in make.piece(item):
+                        yield event(chunk)
                     item = await anext(answer)
-                _count(shared, item)
-                yield _event(make.last(item))
-                if body.wants_usage:
-                    yield _event(make.usage(item))
+                shared.metrics.count(item.receipt)
+                for chunk in make.last(item):
+                    yield event(chunk)
+                if form.has_usage:
+                    yield event(make.usage(item))
                 yield "data: [DONE]\n\n"
             except Refusal as refusal:
-                yield _event(openai_error(refusal))
+                yield event(openai_error(refusal))
 
-    return StreamingResponse(chunks(), media_type="text/event-stream", headers=_headers(charge))
+    return StreamingResponse(chunks(), media_type="text/event-stream", headers=headers(charge))
 
 
-def _headers(charge: Charge) -> dict[str, str]:
+async def last_of(answer: AsyncGenerator[Piece | Settled, None]) -> Settled:
+    """The end of an answer that nobody watches as it comes."""
+    async with aclosing(answer):
+        *_, settled = [item async for item in answer]
+    assert isinstance(settled, Settled)
+    return settled
+
+
+def headers(charge: Charge) -> dict[str, str]:
     repeated = {} if charge.is_new else {"Idempotent-Replayed": "true"}
     return {"X-Request-Id": charge.request_id.hex(), "Cache-Control": "no-store", **repeated}
 
 
-def _event(data: dict[str, Any]) -> str:
+def event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def _count(shared: Services, settled: Settled) -> None:
-    shared.metrics.tokens.labels("prompt").inc(settled.receipt.prompt_tokens)
-    shared.metrics.tokens.labels("completion").inc(settled.receipt.completion_tokens)
-    shared.metrics.fees.inc(settled.receipt.fee_gwei)

@@ -102,7 +102,7 @@ def _receipt(session: Session, shared: Services, stored: StoredReceipt) -> dict[
             "response_sha256": kept["answer_sha256"],
             "index_id": kept["index_id"],
         },
-        "finish_reason": kept["finish_reason"],
+        "finish_reasons": kept["finish_reasons"],
         "evidence": {
             "state": stored.evidence_state,
             "result": json.loads(stored.evidence_json) if stored.evidence_json else None,

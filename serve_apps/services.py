@@ -13,11 +13,13 @@ from sqlalchemy.orm import Session
 from transformers import PreTrainedTokenizerBase
 
 from attribution.errors import Rejected
+from attribution.types import Receipt
 from cluster import accounts
 from cluster.accounts import Account
 from cluster.database import reading, writing
 from cluster.models import BaseModel
 from cluster.storage import Storage
+from serve_apps.engine.grammar import Grammars
 from serve_apps.sessions import Sessions
 from serve_apps.worker_pool import WorkerPool
 
@@ -48,6 +50,11 @@ class Metrics:
             "openledger_first_token_seconds", "Time to first token", registry=self.registry
         )
 
+    def count(self, receipt: Receipt) -> None:
+        self.tokens.labels("prompt").inc(receipt.prompt_tokens)
+        self.tokens.labels("completion").inc(receipt.completion_tokens)
+        self.fees.inc(receipt.fee_gwei)
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -55,6 +62,7 @@ class Services:
     storage: Storage
     base: BaseModel
     tokenizer: PreTrainedTokenizerBase
+    grammars: Grammars
     pool: WorkerPool
     sessions: Sessions
     limits: Limits

@@ -10,6 +10,7 @@ import json
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,66 +18,20 @@ from typing import TypeVar
 
 from sqlalchemy import Engine
 
-from attribution.commitment import answer_commitment
+from attribution.commitment import answer_commitment, answer_sha256
 from attribution.errors import Refusal, Rejected, Unavailable
-from attribution.hashing import sha256
 from attribution.types import Receipt
 from cluster import charges, receipts
-from cluster.accounts import Account
 from cluster.charges import Charge, ReceiptDraft, SealedTranscript
 from cluster.database import reading, writing
 from cluster.transcripts import Transcript, open_sealed, seal
-from serve_apps.catalog import ServedModel
-from serve_apps.engine.types import EngineRequest, SamplingParams
+from serve_apps.answers import Choice, Order, Piece, Settled, gather
 from serve_apps.worker_pool import WorkerPool
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """A request that has passed every check but credit."""
-
-    account: Account
-    model: ServedModel
-    prompt_ids: tuple[int, ...]
-    prompt_text: str  # what was asked, without roles and template
-    prompt_sha256: bytes
-    sampling: SamplingParams
-    idempotency_key: str | None
-    request_sha256: bytes
-    is_stored: bool  # False keeps hashes only
-    is_streamed: bool
-
-    def cost_gwei(self, completion_tokens: int) -> int:
-        return (len(self.prompt_ids) + completion_tokens) * self.model.price_gwei_per_token
-
-    @property
-    def max_gwei(self) -> int:
-        return self.cost_gwei(self.sampling.max_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some more of the answer."""
-
-    text: str
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """The end of an answer whose receipt is durable. What a repeated Idempotency-Key gets, too."""
-
-    receipt: Receipt
-    model_ref: str
-    text: str
-    finish_reason: str
-    prompt_sha256: str
-    answer_sha256: str
-    index_id: str
-    created_at: int
+CHOICES_AT_ONCE = 8  # of one answer: more wait here, so that one request does not fill the engine's queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +39,23 @@ class _Kept:
     """What is kept beside a charge to repeat the answer's end: hashes, never text."""
 
     model_ref: str
-    finish_reason: str
+    finish_reasons: tuple[str, ...]  # of each choice
+    attributed: int  # the choice that is attributed; the texts of the others follow it in the transcript
     prompt_sha256: str
     answer_sha256: str
     index_id: str
     created_at: int
+
+    def settled(self, receipt: Receipt, choices: tuple[Choice, ...]) -> Settled:
+        return Settled(
+            receipt=receipt,
+            model_ref=self.model_ref,
+            choices=choices,
+            prompt_sha256=self.prompt_sha256,
+            answer_sha256=self.answer_sha256,
+            index_id=self.index_id,
+            created_at=self.created_at,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +68,34 @@ class _Last:
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """A generation under way. ``sent`` is what the client was handed, ``made`` what the engine gave."""
+    """An answer under way. ``num_sent`` tokens of each choice were handed to the client, ``made`` is what the
+    engine gave, in order of arrival."""
 
     order: Order
     charge: Charge
     items: "asyncio.Queue[Piece | _Last]" = field(default_factory=asyncio.Queue)
     is_gone: asyncio.Event = field(default_factory=asyncio.Event)
     made: list[Piece] = field(default_factory=list)
-    num_sent: int = 0
-    finish_reason: str = ""
+    num_sent: Counter[int] = field(default_factory=Counter)
+    finish_reasons: dict[int, str] = field(default_factory=dict)  # of the choices that are over
+
+    @property
+    def is_over(self) -> bool:
+        return len(self.finish_reasons) == self.order.num_choices
+
+    def sent(self) -> tuple[list[Piece], list[str]]:
+        """What the client was handed, and how each choice ended for it."""
+        left, pieces, is_cut = Counter(self.num_sent), list[Piece](), set[int]()
+        for piece in self.made:
+            if left[piece.choice] > 0:
+                pieces.append(piece)
+                left[piece.choice] -= len(piece.token_ids)
+            else:
+                is_cut.add(piece.choice)
+        return pieces, [
+            "cancelled" if number in is_cut else self.finish_reasons.get(number, "cancelled")
+            for number in range(self.order.num_choices)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +161,7 @@ class Sessions:
                     yield item.settled
                     return
                 if order.is_streamed:  # else nothing is sent before the end
-                    run.num_sent += len(item.token_ids)
+                    run.num_sent[item.choice] += len(item.token_ids)
                 yield item
         finally:
             run.is_gone.set()
@@ -207,20 +193,23 @@ class Sessions:
             run.items.put_nowait(_Last(refusal=refusal))
 
     async def _pump(self, run: _Run) -> None:
-        request = EngineRequest(
-            request_id=run.charge.request_id,
-            owner="",  # the pool's to fill in
-            tenant=run.order.account.account_id,
-            prompt_ids=run.order.prompt_ids,
-            sampling=run.order.sampling,
-            adapter_id=run.order.model.adapter_id,
-        )
-        async with contextlib.aclosing(self._pool.generate(request)) as events:
+        """All choices, some at a time; the first that fails ends the others."""
+        turnstile = asyncio.Semaphore(CHOICES_AT_ONCE)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for choice in range(run.order.num_choices):
+                    group.create_task(self._pump_choice(run, choice, turnstile))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
+
+    async def _pump_choice(self, run: _Run, choice: int, turnstile: asyncio.Semaphore) -> None:
+        request = run.order.engine_request(run.charge.request_id, choice)
+        async with turnstile, contextlib.aclosing(self._pool.generate(request)) as events:
             async for event in events:
-                piece = Piece(event.text, event.token_ids)
+                piece = Piece(choice, event.text, event.token_ids, event.logprobs)
                 run.made.append(piece)
                 if event.finish is not None:
-                    run.finish_reason = event.finish.reason
+                    run.finish_reasons[choice] = event.finish.reason
                 run.items.put_nowait(piece)
 
     async def _renew(self, run: _Run) -> None:
@@ -230,11 +219,13 @@ class Sessions:
 
     async def _settle(self, run: _Run, failure: BaseException | None) -> "_Last":
         """Capture a finished answer, or what was sent of an abandoned one; release all else."""
-        if run.finish_reason:
-            return await self._persist(run, run.made, run.finish_reason)
-        sent = _first_tokens(run.made, run.num_sent)
+        if run.is_over:
+            return await self._persist(
+                run, run.made, [reason for _, reason in sorted(run.finish_reasons.items())]
+            )
+        sent, reasons = run.sent()
         if failure is None and sent:
-            return await self._persist(run, sent, "cancelled")
+            return await self._persist(run, sent, reasons)
         await self._retry(partial(self._release, run.charge.request_id))
         if isinstance(failure, Refusal):
             return _Last(refusal=failure)
@@ -244,10 +235,9 @@ class Sessions:
             return _Last(refusal=lost)
         return _Last(refusal=Unavailable("client_gone", "the client left before the first token"))
 
-    async def _persist(self, run: _Run, pieces: list[Piece], finish_reason: str) -> "_Last":
-        return _Last(
-            settled=await self._retry(partial(self._capture, run.order, run.charge, pieces, finish_reason))
-        )
+    async def _persist(self, run: _Run, pieces: list[Piece], finish_reasons: list[str]) -> "_Last":
+        choices = gather(pieces, finish_reasons)
+        return _Last(settled=await self._retry(partial(self._capture, run.order, run.charge, choices)))
 
     async def _retry(self, work: Callable[[], T]) -> T:
         """Settlement survives a busy or restarting database for as long as the lease does; every step is
@@ -285,42 +275,50 @@ class Sessions:
         with writing(self._database) as session:
             charges.release(session, request_id, self._now())
 
-    def _capture(self, order: Order, charge: Charge, pieces: list[Piece], finish_reason: str) -> Settled:
-        kept, draft = self._draft(order, charge.request_id, pieces, finish_reason)
+    def _capture(self, order: Order, charge: Charge, choices: tuple[Choice, ...]) -> Settled:
+        kept, draft = self._draft(order, charge.request_id, choices)
         with writing(self._database) as session:
             receipt = charges.capture(session, charge.request_id, draft, self._now())
-        return Settled(receipt, text=_text(pieces), **asdict(kept))
+        return kept.settled(receipt, choices)
 
     def _draft(
-        self, order: Order, request_id: bytes, pieces: list[Piece], finish_reason: str
+        self, order: Order, request_id: bytes, choices: tuple[Choice, ...]
     ) -> tuple[_Kept, ReceiptDraft]:
-        text = _text(pieces)
-        answer_ids = tuple(token for piece in pieces for token in piece.token_ids)
-        salt, model, answer_sha256 = secrets.token_bytes(32), order.model, sha256(text.encode())
+        answer = answer_sha256([choice.text for choice in choices])
+        attributed = next((i for i, choice in enumerate(choices) if choice.token_ids), 0)
+        completion_tokens = sum(len(choice.token_ids) for choice in choices)
+        salt, model = secrets.token_bytes(32), order.model
         kept = _Kept(
             model_ref=model.ref,
-            finish_reason=finish_reason,
+            finish_reasons=tuple(choice.finish_reason for choice in choices),
+            attributed=attributed,
             prompt_sha256=order.prompt_sha256.hex(),
-            answer_sha256=answer_sha256.hex(),
+            answer_sha256=answer.hex(),
             index_id=model.index_id.hex(),
             created_at=self._now(),
         )
-        transcript = Transcript(order.prompt_ids, answer_ids, order.prompt_text, text)
+        transcript = Transcript(
+            prompt_ids=order.prompt_ids,
+            answer_ids=choices[attributed].token_ids,
+            prompt_text=order.prompt_text,
+            answer_text=choices[attributed].text,
+            other_texts=tuple(choice.text for i, choice in enumerate(choices) if i != attributed),
+        )
         sealed = SealedTranscript(salt, seal(self._terms.transcript_key, transcript, request_id))
         draft = ReceiptDraft(
             base_id=model.base_id,
             adapter_id=model.adapter_id,
             prompt_tokens=len(order.prompt_ids),
-            completion_tokens=len(answer_ids),
-            fee_gwei=order.cost_gwei(len(answer_ids)),
-            commitment=answer_commitment(salt, order.prompt_sha256, answer_sha256, model.index_id),
+            completion_tokens=completion_tokens,
+            fee_gwei=order.cost_gwei(completion_tokens),
+            commitment=answer_commitment(salt, order.prompt_sha256, answer, model.index_id),
             response_json=json.dumps(asdict(kept)),
             transcript=sealed if order.is_stored else None,
             evidence_state="pending" if order.is_stored and not model.is_base else "none",
         )
         return kept, draft
 
-    def _repeat(self, charge: Charge) -> tuple[Piece, Settled]:
+    def _repeat(self, charge: Charge) -> list[Piece | Settled]:
         """A captured request's answer once more, from its transcript; nothing is generated or charged.
 
         Raises:
@@ -328,25 +326,14 @@ class Sessions:
         """
         with reading(self._database) as session:
             receipt = receipts.receipt_of_request(session, charge.request_id).receipt
-            kept = receipts.transcripts_of(session, [receipt.receipt_id])
-        if not kept:
+            stored = receipts.transcripts_of(session, [receipt.receipt_id])
+        if not stored:
             gone = f"the text of receipt {receipt.receipt_id.hex()} is not kept"
             raise Rejected("answer_not_kept", gone, field="idempotency-key", http_status=410)
-        transcript = open_sealed(self._terms.transcript_key, kept[0].ciphertext, charge.request_id)
-        settled = Settled(receipt, text=transcript.answer_text, **json.loads(charge.response_json))
-        return Piece(settled.text, ()), settled
-
-
-def _text(pieces: list[Piece]) -> str:
-    return "".join(piece.text for piece in pieces)
-
-
-def _first_tokens(pieces: list[Piece], num_tokens: int) -> list[Piece]:
-    """The pieces that make up the first ``num_tokens``."""
-    taken: list[Piece] = []
-    for piece in pieces:
-        if num_tokens <= 0:
-            break
-        taken.append(piece)
-        num_tokens -= len(piece.token_ids)
-    return taken
+        transcript = open_sealed(self._terms.transcript_key, stored[0].ciphertext, charge.request_id)
+        kept = _Kept(**json.loads(charge.response_json))
+        texts = list(transcript.other_texts)
+        texts.insert(kept.attributed, transcript.answer_text)
+        choices = tuple(map(Choice, texts, kept.finish_reasons))
+        pieces = [Piece(number, text, ()) for number, text in enumerate(texts)]
+        return [*pieces, kept.settled(receipt, choices)]

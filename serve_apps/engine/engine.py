@@ -5,7 +5,7 @@ one thread. No Ray, no HTTP, no money."""
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -13,12 +13,34 @@ from torch import Tensor
 from attribution.errors import Corrupted, Refusal, Rejected
 from attribution.types import ZERO_ID
 from serve_apps.engine.adapter_cache import AdapterCache
+from serve_apps.engine.grammar import Constrain, Constraint
 from serve_apps.engine.lora import LoraWeights
 from serve_apps.engine.model_runner import ModelRunner
-from serve_apps.engine.sampling import sample
+from serve_apps.engine.sampling import logprob_of, sample
 from serve_apps.engine.scheduler import Row, Scheduler, StepPlan
-from serve_apps.engine.text import Decode, TextStream
-from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest, Finish, TokenEvent
+from serve_apps.engine.text import Decode, Piece, TextStream
+from serve_apps.engine.types import (
+    Bundle,
+    EngineLoad,
+    EngineRequest,
+    Finish,
+    TokenEvent,
+    TokenLogprob,
+)
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """An answer as it grows: its text, what it must match, and the logprobs of tokens not shown yet."""
+
+    request: EngineRequest
+    text: TextStream
+    constraint: Constraint | None
+    unshown: deque[TokenLogprob] = field(default_factory=deque)
+
+    def shown(self, piece: Piece) -> tuple[TokenLogprob, ...]:
+        """Logprobs of the tokens that begin in ``piece``."""
+        return tuple(self.unshown.popleft() for _ in range(piece.num_begun if self.unshown else 0))
 
 
 @dataclass(slots=True, eq=False)
@@ -26,15 +48,15 @@ class _Inbox:
     """What other threads asked for since the last step."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
-    requests: deque[EngineRequest] = field(default_factory=deque)
+    answers: deque[_Answer] = field(default_factory=deque)
     cancelled: deque[bytes] = field(default_factory=deque)
 
-    def drain(self) -> tuple[list[EngineRequest], list[bytes]]:
+    def drain(self) -> tuple[list[_Answer], list[bytes]]:
         with self.changed:
-            requests, cancelled = list(self.requests), list(self.cancelled)
-            self.requests.clear()
+            answers, cancelled = list(self.answers), list(self.cancelled)
+            self.answers.clear()
             self.cancelled.clear()
-        return requests, cancelled
+        return answers, cancelled
 
 
 class Engine:
@@ -44,32 +66,43 @@ class Engine:
         scheduler: Scheduler,
         adapters: AdapterCache[LoraWeights],
         decode: Decode,
+        constrain: Constrain,
+        embed: Callable[[Tensor], str],
         eos_ids: frozenset[int],
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._adapters = adapters
         self._decode = decode
+        self._constrain = constrain
+        self._embed = embed
         self._eos_ids = eos_ids
         self._inbox = _Inbox()
-        self._texts: dict[bytes, TextStream] = {}
+        self._answers: dict[bytes, _Answer] = {}
         self._step = 0
 
     def submit(self, request: EngineRequest) -> None:
         """Accept a request, or refuse it before anything is spent on it.
 
         Raises:
-            Rejected: too long for the context or the cache, or not made of this model's tokens.
+            Rejected: too long for the context or the cache, not made of this model's tokens, or under a
+                grammar that is none.
             Unavailable: the queue is full.
         """
         self._scheduler.check(request)
-        vocabulary = self._runner.model.shape.vocabulary
+        vocabulary, sampling = self._runner.model.shape.vocabulary, request.sampling
         if not all(0 <= token < vocabulary for token in request.prompt_ids):
             raise Rejected(
                 "token_out_of_range", f"the prompt has ids beyond {vocabulary - 1}", field="prompt"
             )
+        if not all(0 <= bias.token_id < vocabulary for bias in sampling.logit_bias):
+            raise Rejected(
+                "token_out_of_range", f"logit_bias has ids beyond {vocabulary - 1}", field="logit_bias"
+            )
+        constraint = self._constrain(sampling.grammar) if sampling.grammar else None
+        answer = _Answer(request, TextStream(self._decode, sampling.stop), constraint)
         with self._inbox.changed:
-            self._inbox.requests.append(request)
+            self._inbox.answers.append(answer)
             self._inbox.changed.notify()
 
     def cancel(self, request_id: bytes) -> None:
@@ -81,14 +114,14 @@ class Engine:
     def wait_for_work(self, timeout_s: float) -> None:
         """Return when there may be something to do, or after ``timeout_s``."""
         with self._inbox.changed:
-            if not (self._inbox.requests or self._inbox.cancelled or self._texts):
+            if not (self._inbox.answers or self._inbox.cancelled or self._answers):
                 self._inbox.changed.wait(timeout_s)
 
     def load(self) -> EngineLoad:
         pool = self._scheduler.pool
         return EngineLoad(
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting + len(self._inbox.requests),
+            num_waiting=self._scheduler.num_waiting + len(self._inbox.answers),
             num_free_blocks=pool.num_free,
             num_blocks=pool.num_blocks,
             resident_adapters=self._adapters.resident,
@@ -109,28 +142,29 @@ class Engine:
         self._adapters.close()
 
     def _take_in(self) -> Iterator[TokenEvent]:
-        requests, cancelled = self._inbox.drain()
-        for request in requests:
+        answers, cancelled = self._inbox.drain()
+        for answer in answers:
             try:
-                self._admit(request)
+                self._admit(answer)
             except Refusal as refusal:
-                yield _failed(request.request_id, refusal)
+                yield _failed(answer.request.request_id, refusal)
         for request_id in cancelled:
             if request_id in self._scheduler:
                 self._forget(request_id)
                 yield TokenEvent(request_id, (), "", Finish("cancelled"))
 
-    def _admit(self, request: EngineRequest) -> None:
+    def _admit(self, answer: _Answer) -> None:
+        request = answer.request
         if request.request_id in self._scheduler:
             raise Rejected("request_id_repeated", f"{request.request_id.hex()} is running", http_status=409)
         if request.adapter_id != ZERO_ID:
             self._adapters.acquire(request.adapter_id)
         self._scheduler.add(request)
-        self._texts[request.request_id] = TextStream(self._decode, request.sampling.stop)
+        self._answers[request.request_id] = answer
 
     def _forget(self, request_id: bytes, is_leased: bool = True) -> None:
         request = self._scheduler.remove(request_id)
-        del self._texts[request_id]
+        del self._answers[request_id]
         if request.adapter_id != ZERO_ID and is_leased:
             self._adapters.release(request.adapter_id)
 
@@ -157,32 +191,48 @@ class Engine:
                 yield _failed(
                     row.request_id, Corrupted("logits_not_finite", f"logits of {row.adapter_id.hex()}")
                 )
+            elif self._answers[row.request_id].request.is_embedding:
+                self._forget(row.request_id)
+                yield TokenEvent(row.request_id, (), self._embed(row_logits), Finish("stop"))
             else:
-                yield self._advance(row, row_logits, argmax)
+                yield self._advance_or_fail(row, row_logits, argmax)
+
+    def _advance_or_fail(self, row: Row, logits: Tensor, argmax: int) -> TokenEvent:
+        try:
+            return self._advance(row, logits, argmax)
+        except Rejected as refusal:  # a grammar that turned out too complex
+            self._forget(row.request_id)
+            return _failed(row.request_id, refusal)
 
     def _advance(self, row: Row, logits: Tensor, argmax: int) -> TokenEvent:
         """Add one token to a row's answer and see whether that ends it."""
-        sequence = self._scheduler.sequence(row.request_id)
-        sampling = sequence.request.sampling
-        is_plain = sampling.temperature == 0 and not (sampling.presence_penalty or sampling.frequency_penalty)
-        generated = sequence.tokens[len(sequence.request.prompt_ids) :]
-        token = argmax if is_plain else sample(logits, sampling, generated)
+        sequence, answer = self._scheduler.sequence(row.request_id), self._answers[row.request_id]
+        sampling, prompt = sequence.request.sampling, sequence.request.prompt_ids
+        generated = sequence.tokens[len(prompt) :]
+        if sampling.is_plain_greedy and answer.constraint is None:
+            token = argmax
+        else:
+            allowed = answer.constraint.allowed() if answer.constraint else None
+            token = sample(logits, sampling, generated, prompt, allowed)
         sequence.tokens.append(token)
-        text = self._texts[row.request_id]
         if token in self._eos_ids and not sampling.ignore_eos:
-            return self._finish(row.request_id, token, text.finish().text, Finish("stop"))
-        piece = text.push(token)
+            return self._finish(answer, token, answer.text.finish(), Finish("stop"))
+        if sampling.num_logprobs is not None:
+            answer.unshown.append(logprob_of(logits, token, sampling.num_logprobs, answer.text.offset))
+        piece = answer.text.push(token)
         if piece.is_stopped:
-            return self._finish(row.request_id, token, piece.text, Finish("stop"))
-        if len(generated) + 1 == sampling.max_tokens:
-            rest = text.finish()
-            reason = Finish("stop" if rest.is_stopped else "length")
-            return self._finish(row.request_id, token, piece.text + rest.text, reason)
-        return TokenEvent(row.request_id, (token,), piece.text)
+            return self._finish(answer, token, piece, Finish("stop"))
+        is_complete = answer.constraint is not None and answer.constraint.advance(token)
+        if is_complete or len(generated) + 1 == sampling.max_tokens:
+            rest = answer.text.finish()
+            whole = Piece(piece.text + rest.text, rest.is_stopped, piece.num_begun + rest.num_begun)
+            reason = Finish("stop" if is_complete or rest.is_stopped else "length")
+            return self._finish(answer, token, whole, reason)
+        return TokenEvent(row.request_id, (token,), piece.text, None, answer.shown(piece))
 
-    def _finish(self, request_id: bytes, token: int, text: str, finish: Finish) -> TokenEvent:
-        self._forget(request_id)
-        return TokenEvent(request_id, (token,), text, finish)
+    def _finish(self, answer: _Answer, token: int, piece: Piece, finish: Finish) -> TokenEvent:
+        self._forget(answer.request.request_id)
+        return TokenEvent(answer.request.request_id, (token,), piece.text, finish, answer.shown(piece))
 
 
 def _failed(request_id: bytes, refusal: Refusal) -> TokenEvent:

@@ -13,10 +13,12 @@ from cluster.storage import Storage
 from serve_apps.engine.adapter_cache import AdapterCache, CacheLimits, Loaded
 from serve_apps.engine.engine import Engine
 from serve_apps.engine.families import Decoder, fuse_decoder
+from serve_apps.engine.grammar import Grammars
 from serve_apps.engine.kv_cache import BlockPool
 from serve_apps.engine.lora import Factors, LoraWeights, fuse
 from serve_apps.engine.model_runner import ModelRunner
 from serve_apps.engine.scheduler import Limits, Scheduler
+from serve_apps.engine.unembedding import Unembedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +42,15 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
     num_blocks = config.kv_bytes // ModelRunner.block_bytes(decoder, config.block_size)
     load = adapter_loader(storage, base.base_id, linear_shapes(base.path), decoder)
     tokenizer = load_tokenizer(base.path)
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return Engine(
         ModelRunner(decoder, num_blocks, config.block_size),
         Scheduler(config.limits, BlockPool(num_blocks, config.block_size)),
         AdapterCache(load, config.adapters),
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-        eos_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+        constrain=Grammars(tokenizer, decoder.shape.vocabulary, eos_ids).constraint,
+        embed=Unembedding(decoder.head).embedding,
+        eos_ids=frozenset(eos_ids),
     )
 
 

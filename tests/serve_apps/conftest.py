@@ -27,6 +27,7 @@ from cluster.storage import DirectoryStorage, Storage
 from cluster.tables import ChargeRow
 from cluster.transcripts import key_path, load_key
 from serve_apps.engine.engine import Engine
+from serve_apps.engine.grammar import Grammars
 from serve_apps.engine.loading import EngineConfig, build_engine
 from serve_apps.engine.scheduler import Limits
 from serve_apps.engine.types import EngineRequest, SamplingParams, TokenEvent
@@ -179,11 +180,13 @@ def open_gateway(
             )
     host = EngineHost(toys.engine(), host_config)
     pool = WorkerPool("gateway", renew_every_s)
+    tokenizer = load_tokenizer(toys.base.path)
     services = Services(
         database=database,
         storage=toys.storage,
         base=toys.base,
-        tokenizer=load_tokenizer(toys.base.path),
+        tokenizer=tokenizer,
+        grammars=Grammars(tokenizer, len(tokenizer)),
         pool=pool,
         sessions=Sessions(database, pool, Terms(lease_s, load_key(key_path(home)))),
         limits=HttpLimits(max_context_tokens=900, max_completion_tokens=800),

@@ -1,5 +1,6 @@
 """The HTTP door as the official client sees it: answers, prices, refusals."""
 
+import json
 import threading
 
 import httpx
@@ -17,6 +18,7 @@ from tests.cluster.money import assert_money_adds_up
 from tests.serve_apps.conftest import Gateway
 
 ASK = [{"role": "user", "content": "Which one?"}]
+JSON = {"Content-Type": "application/json"}
 GREEDY = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 
 
@@ -146,6 +148,12 @@ REFUSED = {
     "unknown version": ({"model": "toy/a1@9"}, 404, "model_not_found", "model"),
     "huge max_tokens": ({"max_tokens": 10**9}, 400, "max_tokens_too_large", "max_tokens"),
     "no max_tokens": ({"max_tokens": 0}, 400, "max_tokens_out_of_range", "max_tokens"),
+    "no completion tokens": (
+        {"max_completion_tokens": 0},
+        400,
+        "max_tokens_out_of_range",
+        "max_completion_tokens",
+    ),
     "over-long prompt": (
         {"messages": [{"role": "user", "content": "x" * 2000}]},
         400,
@@ -159,9 +167,31 @@ REFUSED = {
         "messages",
     ),
     "temperature": ({"temperature": 3}, 400, "temperature_out_of_range", "temperature"),
-    "n": ({"n": 2}, 400, "unsupported_parameter", "n"),
-    "tools": ({"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
-    "json": ({"response_format": {"type": "json_object"}}, 400, "unsupported_parameter", "response_format"),
+    "n": ({"n": 0}, 400, "n_out_of_range", "n"),
+    "many choices": ({"n": 129}, 400, "n_out_of_range", "n"),
+    "number as text": ({"temperature": "1"}, 400, "invalid_value", "temperature"),
+    "truth as number": ({"n": True}, 400, "invalid_value", "n"),
+    "top_logprobs": (
+        {"logprobs": True, "top_logprobs": 21},
+        400,
+        "top_logprobs_out_of_range",
+        "top_logprobs",
+    ),
+    "top without logprobs": ({"top_logprobs": 2}, 400, "invalid_value", "top_logprobs"),
+    "repetition": ({"repetition_penalty": 0}, 400, "repetition_penalty_out_of_range", "repetition_penalty"),
+    "bias": ({"logit_bias": {"5": 101}}, 400, "logit_bias_out_of_range", "logit_bias"),
+    "bias of a word": ({"logit_bias": {"cat": 1}}, 400, "logit_bias_invalid", "logit_bias"),
+    "bias of a twin": ({"logit_bias": {"05": 1}}, 400, "logit_bias_invalid", "logit_bias"),
+    "bias of none": ({"logit_bias": {"100000": 1}}, 400, "token_out_of_range", "logit_bias"),
+    "huge bias key": ({"logit_bias": {"9" * 5000: 1}}, 400, "logit_bias_invalid", "logit_bias"),
+    "options unstreamed": (
+        {"stream": False, "stream_options": {"include_usage": True}},
+        400,
+        "invalid_value",
+        "stream_options",
+    ),
+    "infinite temperature": ({"temperature": 1e400}, 400, "temperature_out_of_range", "temperature"),
+    "huge seed": ({"seed": 2**63}, 400, "invalid_value", "seed"),
     "misspelt": ({"max_token": 5}, 400, "unknown_parameter", "max_token"),
     "no messages": ({"messages": []}, 400, "invalid_value", "messages"),
     "wrong role": ({"messages": [{"role": "root", "content": "x"}]}, 400, "invalid_value", "messages.0.role"),
@@ -172,9 +202,8 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_bad_requests_get_a_clear_error_and_cost_nothing(gateway: Gateway, what: str) -> None:
     change, status, code, param = REFUSED[what]
-    reply = gateway.http().post(
-        "/v1/chat/completions", json={"model": "toy/a1", "messages": ASK, "stream": True, **change}
-    )
+    body = {"model": "toy/a1", "messages": ASK, "stream": True, **change}
+    reply = gateway.http().post("/v1/chat/completions", content=json.dumps(body), headers=JSON)
     assert reply.status_code == status
     error = reply.json()["error"]
     assert (error["code"], error["param"]) == (code, param) and error["message"]

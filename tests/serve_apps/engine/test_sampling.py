@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from attribution.errors import Rejected
-from serve_apps.engine.sampling import sample
-from serve_apps.engine.types import SamplingParams
+from serve_apps.engine.sampling import logprob_of, sample
+from serve_apps.engine.types import SamplingParams, TokenScore
 
 LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
 
@@ -51,9 +51,53 @@ def test_penalties_subtract_from_what_was_said() -> None:
     assert sample(LOGITS, frequency, [0, 0]) == 1
 
 
+def test_repetition_penalty_weighs_on_prompt_and_answer_once() -> None:
+    logits = torch.tensor([2.0, 1.5, -1.0, -1.4])
+    greedy = SamplingParams(1, temperature=0, repetition_penalty=1.5)
+    assert sample(logits, greedy, []) == 0
+    assert sample(logits, greedy, [0]) == sample(logits, greedy, [], prompt=[0]) == 1
+    assert sample(logits, greedy, [0, 0, 0], prompt=[0]) == 1  # 2 / 1.5, however often it was said
+    only_negative = torch.tensor([True, False, True, True]) & (logits < 0)
+    assert sample(logits, greedy, [2], allowed=only_negative) == 3  # -1 * 1.5: pushed down, not up
+
+
+def test_a_bias_moves_a_token_and_can_forbid_or_force_it() -> None:
+    def biased(token: int, score: float) -> SamplingParams:
+        return SamplingParams(1, temperature=0, logit_bias=(TokenScore(token, score),))
+
+    assert sample(LOGITS, biased(3, 100.0), []) == 3
+    assert sample(LOGITS, biased(0, -100.0), []) == 1
+    assert sample(LOGITS, biased(0, -0.1), []) == 0
+    assert not biased(0, 1.0).is_plain_greedy
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0}, {"top_k": 1}, {"top_p": 0.1}, {"min_p": 0.9}])
+def test_what_is_not_allowed_is_never_drawn(params: dict[str, float]) -> None:
+    allowed = torch.tensor([False, False, True, True])
+    drawn = {
+        sample(LOGITS, SamplingParams(1, seed=seed, **params), [], allowed=allowed)  # type: ignore[arg-type]
+        for seed in range(200)
+    }
+    assert drawn == ({2, 3} if not params else {2})
+
+
+def test_logprobs_are_those_of_the_model_alone() -> None:
+    told = logprob_of(LOGITS, 2, 2, text_offset=7)
+    assert (told.chosen.token_id, told.text_offset) == (2, 7)
+    assert told.chosen.score == pytest.approx(float(LOGITS[2]), abs=1e-6)
+    assert [score.token_id for score in told.top] == [0, 1]
+    assert [score.score for score in told.top] == pytest.approx(LOGITS[:2].tolist(), abs=1e-6)
+    assert logprob_of(LOGITS, 0, 0, 0).top == ()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", float("inf")),
+        ("logit_bias", (TokenScore(1, 100.5),)),
+        ("logit_bias", (TokenScore(1, float("nan")),)),
+        ("logit_bias", (TokenScore(1, 0.0),) * 1025),
         ("max_tokens", 0),
         ("temperature", 2.1),
         ("temperature", float("nan")),

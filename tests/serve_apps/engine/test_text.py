@@ -53,3 +53,27 @@ def test_half_a_character_at_the_end_is_shown_as_the_decoder_shows_it() -> None:
     source = TextStream(decode_bytes, ())
     assert source.push("é".encode()[0]).text == ""
     assert source.finish().text == "\ufffd"
+
+
+def begun(text: str, stop: tuple[str, ...] = ()) -> tuple[str, list[int]]:
+    """What is shown, and where its tokens begin, byte by byte."""
+    source, places, offsets, shown = TextStream(decode_bytes, stop), [], [], ""
+    for byte in text.encode():
+        places.append(source.offset)
+        piece = source.push(byte)
+        offsets += [places[len(offsets) + i] for i in range(piece.num_begun)]
+        shown += piece.text
+        if piece.is_stopped:
+            return shown, offsets
+    last = source.finish()
+    return shown + last.text, offsets + [places[len(offsets) + i] for i in range(last.num_begun)]
+
+
+def test_every_token_begins_once_where_its_character_does() -> None:
+    assert begun("aé🙂b") == ("aé🙂b", [0, 1, 1, 2, 2, 2, 2, 3])
+    assert begun("") == ("", [])
+
+
+def test_tokens_of_a_stop_string_never_begin_and_those_held_back_do_later() -> None:
+    assert begun("abENDc", ("END",)) == ("ab", [0, 1])
+    assert begun("aENxEN", ("END",)) == ("aENxEN", [0, 1, 2, 3, 4, 5])
