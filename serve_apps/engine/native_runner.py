@@ -96,27 +96,23 @@ class NativeRunner:
         Returns:
             Logits ``[rows that sample, vocabulary]``, in the order of the plan.
         """
-        rows, shape = plan.rows, self.shape
-        token_ids = torch.tensor([t for row in rows for t in row.token_ids])
+        token_ids = torch.tensor([t for row in plan.rows for t in row.token_ids])
         hidden = F.embedding(token_ids, self._embed).float()
-        blocks = torch.tensor([block for row in rows for block in row.blocks], dtype=torch.int32)
-        spans, firsts, num_blocks = (library.Span * len(rows))(), [0], 0
-        for span, row in zip(spans, rows, strict=True):
-            span.first, span.num_tokens, span.start = firsts[-1], len(row.token_ids), row.start
-            span.blocks = blocks.data_ptr() + 4 * num_blocks
-            num_blocks += len(row.blocks)
-            firsts.append(firsts[-1] + len(row.token_ids))
-        pieces = [(adapters[key].updates, start, end) for key, start, end in plan.segments]
-        segments = (library.Segment * len(pieces))(
-            *(library.Segment(ctypes.addressof(updates), start, end) for updates, start, end in pieces)
+        spans, blocks = _spans(plan)
+        pieces = [
+            library.Segment(ctypes.addressof(adapters[key].updates), start, end)
+            for key, start, end in plan.segments
+        ]
+        segments = (library.Segment * len(pieces))(*pieces)
+        last = [span.first + span.num_tokens - 1 for span in spans]
+        sampled = torch.tensor(
+            [i for i, row in zip(last, plan.rows, strict=True) if row.samples], dtype=torch.int64
         )
-        ends = zip(rows, firsts[1:], strict=True)
-        sampled = torch.tensor([end - 1 for row, end in ends if row.samples], dtype=torch.int64)
-        logits = torch.empty(len(sampled), shape.vocabulary)
+        logits = torch.empty(len(sampled), self.shape.vocabulary)
         buffer = torch.empty(len(token_ids), self._buffer_width)
         step = library.Step(
             num_tokens=len(token_ids),
-            num_spans=len(rows),
+            num_spans=len(spans),
             num_segments=len(pieces),
             num_sampled=len(sampled),
             spans=ctypes.addressof(spans),
@@ -127,6 +123,7 @@ class NativeRunner:
             buffer=address(buffer),
         )
         self._kernels.openledger_step(self._team, ctypes.byref(self._decoder), ctypes.byref(step))
+        del blocks  # which the spans point into
         return logits
 
     def _pack(self, model: Decoder, num_blocks: int) -> Any:
@@ -172,6 +169,18 @@ class NativeRunner:
     def _keep(self, tensor: Tensor) -> int | None:
         self._kept.append(tensor.float())
         return address(self._kept[-1])
+
+
+def _spans(plan: StepPlan) -> tuple[Any, Tensor]:
+    """The rows as the kernels read them, and the block tables that they point into."""
+    blocks = torch.tensor([block for row in plan.rows for block in row.blocks], dtype=torch.int32)
+    spans, first, num_blocks = (library.Span * len(plan.rows))(), 0, 0
+    for span, row in zip(spans, plan.rows, strict=True):
+        span.first, span.num_tokens, span.start = first, len(row.token_ids), row.start
+        span.blocks = blocks.data_ptr() + blocks.itemsize * num_blocks
+        first += len(row.token_ids)
+        num_blocks += len(row.blocks)
+    return spans, blocks
 
 
 def _zeros(size: tuple[int, ...]) -> Tensor:

@@ -101,11 +101,9 @@ inline float sum(F v) {
   return total;
 }
 
-// exp to about 2 ulp, 0 far below and infinite far above, NaN of NaN: Cody-Waite reduction, degree-6 polynomial.
+// exp to about 2 ulp between e^-87 and infinity, NaN of NaN: Cody-Waite reduction, polynomial of degree 7 as in Cephes.
 inline F exp_of(F x) {
-  x = x < -87.0f ? F{} - 87.0f : x;
-  x = x > 88.7f ? F{} + INFINITY : x;
-  const F capped = x > 88.7f ? F{} + 88.7f : x;
+  const F high_enough = x < -87.0f ? F{} - 87.0f : x, capped = x > 88.7f ? F{} + 88.7f : high_enough;
   const F magic = F{} + 12582912.0f;
   const F n = (capped * 1.44269504f + magic) - magic;
   const F r = (capped - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -118,8 +116,7 @@ inline F exp_of(F x) {
   p = p * r * r + r + 1.0f;
   const I whole = __builtin_convertvector(n, I), half = whole >> 1, rest = whole - half;  // n reaches 128
   const F low = (F)((half + 127) << 23), high = (F)((rest + 127) << 23);
-  const F value = p * low * high;
-  return x > 88.7f ? x : value;
+  return x > 88.7f ? F{} + INFINITY : p * low * high;
 }
 
 // ROWS x (PANELS * WIDTH) sums: acc[r][c] += x[r][k] * w[panel][k][c] for k in order, `step` numbers from one k to the
@@ -476,8 +473,8 @@ void place(Team& team, const Shape& shape, const Cache& cache, const Span* spans
 
 // Scores of a tile's queries against whole blocks of keys.
 template <int ROWS, int PANELS>
-inline int64_t score(const float* query, const float* keys, const float* values, const int32_t* blocks, int64_t block, int64_t num_blocks,
-                     int64_t d, float* scores, int64_t stride) {
+inline int64_t score(const float* query, const float* keys, const float* values, const int32_t* blocks,
+                     int64_t block, int64_t num_blocks, int64_t d, float* scores, int64_t stride) {
   for (; block + PANELS <= num_blocks; block += PANELS) {
     const float *group[PANELS], *ahead[PANELS];
     for (int p = 0; p < PANELS; ++p) {
@@ -553,16 +550,19 @@ void attend_rows(const Shape& shape, const Cache& cache, const Span& span, int64
   const auto head = [&](int r) { return kv_head * group + (first + r) % group; };
   for (int r = 0; r < ROWS; ++r) memcpy(rows + r * d, qkv + token(r) * shape.qkv_out() + head(r) * d, 4 * d);
   int64_t block = 0;
-  if constexpr (kMany > 1) block = score<ROWS, kMany>(rows, keys, values, span.blocks, 0, num_blocks, d, scores.data(), stride);
-  score<ROWS, 1>(rows, keys, values, span.blocks, block, num_blocks, d, scores.data(), stride);
+  float* weights = scores.data();
+  if constexpr (kMany > 1)
+    block = score<ROWS, kMany>(rows, keys, values, span.blocks, 0, num_blocks, d, weights, stride);
+  score<ROWS, 1>(rows, keys, values, span.blocks, block, num_blocks, d, weights, stride);
   float shares[ROWS];
   for (int r = 0; r < ROWS; ++r) {
     const int64_t own = span.start + (first + r) / group + 1;
-    shares[r] = weigh(scores.data() + r * stride, own, stride, 1.0f / std::sqrt(float(d)));
+    shares[r] = weigh(weights + r * stride, own, stride, 1.0f / std::sqrt(float(d)));
   }
   int64_t column = 0;
-  if constexpr (kMany > 1) column = blend<ROWS, kMany>(scores.data(), stride, values, span.blocks, num_keys, d, 0, rows);
-  blend<ROWS, 1>(scores.data(), stride, values, span.blocks, num_keys, d, column, rows);
+  if constexpr (kMany > 1)
+    column = blend<ROWS, kMany>(weights, stride, values, span.blocks, num_keys, d, 0, rows);
+  blend<ROWS, 1>(weights, stride, values, span.blocks, num_keys, d, column, rows);
   for (int r = 0; r < ROWS; ++r) {
     float* target = out + token(r) * shape.heads_out() + head(r) * d;
     for (int64_t i = 0; i < d; ++i) target[i] = rows[r * d + i] * shares[r];
@@ -659,7 +659,9 @@ void run_step(Team& team, const Decoder& model, const Step& step) {
     project(layer.o, i, 1, seen, step.hidden, true);
     norm(layer.mlp_norm);
     project(layer.gate_up, i, 2, x, gate_up, false);
-    each_row(team, n, [&](int64_t r) { gate_row(gate_up + 2 * r * shape.inner, shape.inner, inner + r * shape.inner); });
+    each_row(team, n, [&](int64_t r) {
+      gate_row(gate_up + 2 * r * shape.inner, shape.inner, inner + r * shape.inner);
+    });
     project(layer.down, i, 3, inner, step.hidden, true);
   }
   for (int64_t r = 0; r < step.num_sampled; ++r)
