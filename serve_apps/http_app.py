@@ -91,6 +91,8 @@ async def metrics(shared: Shared) -> Response:
             f"openledger_engine_waiting{label} {load.num_waiting}",
             f"openledger_engine_free_blocks{label} {load.num_free_blocks}",
             f"openledger_engine_adapters{label} {len(load.resident_adapters)}",
+            f"openledger_engine_prefilled_tokens{label} {load.num_prefilled}",
+            f"openledger_engine_reused_tokens{label} {load.num_reused}",
         ]
     lines.append(f"openledger_open_answers {shared.sessions.num_open}")
     return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")

@@ -5,17 +5,18 @@ one thread. No Ray, no HTTP, no money."""
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from attribution.errors import Corrupted, Refusal, Rejected
 from attribution.types import ZERO_ID
+from cluster.adapters import Factors
 from serve_apps.engine.adapter_cache import AdapterCache
+from serve_apps.engine.families import Shape
 from serve_apps.engine.grammar import Constrain, Constraint
-from serve_apps.engine.lora import LoraWeights
-from serve_apps.engine.model_runner import ModelRunner
 from serve_apps.engine.sampling import logprob_of, sample
 from serve_apps.engine.scheduler import Row, Scheduler, StepPlan
 from serve_apps.engine.text import Decode, Piece, TextStream
@@ -43,6 +44,29 @@ class _Answer:
         return tuple(self.unshown.popleft() for _ in range(piece.num_begun if self.unshown else 0))
 
 
+class FittedAdapter(Protocol):
+    """An adapter as one kind of runner reads it; the engine only carries it."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+
+class Runner(Protocol):
+    """Computes the rows of a plan: ``ModelRunner`` in torch, ``NativeRunner`` by our own kernels."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    def fit(self, factors: Mapping[str, Factors]) -> FittedAdapter:
+        """Called on a thread of the adapter cache."""
+
+    def run(self, plan: StepPlan, adapters: Mapping[bytes, Any]) -> Tensor:
+        """Logits ``[rows that sample, vocabulary]``."""
+
+
 @dataclass(slots=True, eq=False)
 class _Inbox:
     """What other threads asked for since the last step."""
@@ -62,9 +86,9 @@ class _Inbox:
 class Engine:
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         scheduler: Scheduler,
-        adapters: AdapterCache[LoraWeights],
+        adapters: AdapterCache[FittedAdapter],
         decode: Decode,
         constrain: Constrain,
         embed: Callable[[Tensor], str],
@@ -90,7 +114,7 @@ class Engine:
             Unavailable: the queue is full.
         """
         self._scheduler.check(request)
-        vocabulary, sampling = self._runner.model.shape.vocabulary, request.sampling
+        vocabulary, sampling = self._runner.shape.vocabulary, request.sampling
         if not all(0 <= token < vocabulary for token in request.prompt_ids):
             raise Rejected(
                 "token_out_of_range", f"the prompt has ids beyond {vocabulary - 1}", field="prompt"
@@ -125,6 +149,8 @@ class Engine:
             num_free_blocks=pool.num_free,
             num_blocks=pool.num_blocks,
             resident_adapters=self._adapters.resident,
+            num_prefilled=self._scheduler.num_prefilled,
+            num_reused=self._scheduler.num_reused,
         )
 
     def step(self) -> Bundle:
@@ -177,7 +203,7 @@ class Engine:
     def _is_ready(self, adapter_id: bytes) -> bool:
         return adapter_id == ZERO_ID or self._adapters.is_ready(adapter_id)
 
-    def _adapters_of(self, plan: StepPlan) -> dict[bytes, LoraWeights]:
+    def _adapters_of(self, plan: StepPlan) -> dict[bytes, FittedAdapter]:
         used = {row.adapter_id for row in plan.rows} - {ZERO_ID}
         return {adapter_id: self._adapters.get(adapter_id) for adapter_id in used}
 

@@ -115,6 +115,19 @@ def fuse_decoder(model: Any) -> Decoder:
     )
 
 
+def part_sizes(model: Decoder) -> dict[str, tuple[int, ...]]:
+    """``d_out`` of the parts of each fused projection."""
+    shape, first = model.shape, model.layers[0].projections
+    key_value = shape.num_kv_heads * shape.head_dim
+    half = first["gate_up"].weight.shape[0] // 2
+    return {
+        "qkv": (shape.num_heads * shape.head_dim, key_value, key_value),
+        "o": (first["o"].weight.shape[0],),
+        "gate_up": (half, half),
+        "down": (first["down"].weight.shape[0],),
+    }
+
+
 def _shape(config: Any) -> Shape:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(

@@ -11,12 +11,13 @@ from cluster import adapters as adapter_files
 from cluster.models import BaseModel, linear_shapes, load_base, load_tokenizer
 from cluster.storage import Storage
 from serve_apps.engine.adapter_cache import AdapterCache, CacheLimits, Loaded
-from serve_apps.engine.engine import Engine
+from serve_apps.engine.engine import Engine, FittedAdapter, Runner
 from serve_apps.engine.families import Decoder, fuse_decoder
 from serve_apps.engine.grammar import Grammars
 from serve_apps.engine.kv_cache import BlockPool
-from serve_apps.engine.lora import Factors, LoraWeights, fuse
 from serve_apps.engine.model_runner import ModelRunner
+from serve_apps.engine.native.library import load_kernels
+from serve_apps.engine.native_runner import NativeRunner, runs
 from serve_apps.engine.scheduler import Limits, Scheduler
 from serve_apps.engine.unembedding import Unembedding
 
@@ -31,6 +32,7 @@ class EngineConfig:
     block_size: int = 16
     limits: Limits = field(default_factory=Limits)
     adapters: CacheLimits = field(default_factory=CacheLimits)
+    is_native: bool = True  # our kernels wherever they apply; False: torch alone, the oracle of the tests
 
 
 def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Engine:
@@ -39,13 +41,13 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
     eos = model.generation_config.eos_token_id
     decoder = fuse_decoder(model)
     del model
-    num_blocks = config.kv_bytes // ModelRunner.block_bytes(decoder, config.block_size)
-    load = adapter_loader(storage, base.base_id, linear_shapes(base.path), decoder)
+    runner = _runner(decoder, config)
+    load = adapter_loader(storage, base.base_id, linear_shapes(base.path), runner.fit)
     tokenizer = load_tokenizer(base.path)
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return Engine(
-        ModelRunner(decoder, num_blocks, config.block_size),
-        Scheduler(config.limits, BlockPool(num_blocks, config.block_size)),
+        runner,
+        Scheduler(config.limits, BlockPool(runner.num_blocks, config.block_size)),
         AdapterCache(load, config.adapters),
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
         constrain=Grammars(tokenizer, decoder.shape.vocabulary, eos_ids).constraint,
@@ -54,53 +56,29 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
     )
 
 
-def adapter_loader(
-    storage: Storage, base_id: bytes, shapes: Mapping[str, tuple[int, int]], decoder: Decoder
-) -> Callable[[bytes], Loaded[LoraWeights]]:
-    """Read, check and fuse one adapter; runs on a thread of the cache."""
+def _runner(decoder: Decoder, config: EngineConfig) -> Runner:
+    """The kernels of this processor where they compute this model, else torch."""
+    kernels = load_kernels() if config.is_native and runs(decoder, config.block_size) else None
+    if kernels is None:
+        num_blocks = config.kv_bytes // ModelRunner.block_bytes(decoder, config.block_size)
+        return ModelRunner(decoder, num_blocks, config.block_size)
+    num_blocks = config.kv_bytes // NativeRunner.block_bytes(decoder)
+    return NativeRunner(decoder, num_blocks, kernels, torch.get_num_threads())
 
-    def load(adapter_id: bytes) -> Loaded[LoraWeights]:
+
+def adapter_loader(
+    storage: Storage,
+    base_id: bytes,
+    shapes: Mapping[str, tuple[int, int]],
+    fit: Callable[[Mapping[str, adapter_files.Factors]], FittedAdapter],
+) -> Callable[[bytes], Loaded[FittedAdapter]]:
+    """Read, check and fit one adapter to a runner; the result runs on a thread of the cache."""
+
+    def load(adapter_id: bytes) -> Loaded[FittedAdapter]:
         packed = storage.get(adapter_files.adapter_key(adapter_id))
         if sha256(packed) != adapter_id:
             raise Corrupted("adapter_hash", f"{adapter_id.hex()} hashes to {sha256(packed).hex()}")
-        fused = fuse_adapter(adapter_files.unpack(packed, base_id, shapes).factors, decoder)
-        return Loaded(fused, fused.size_bytes)
+        fitted = fit(adapter_files.unpack(packed, base_id, shapes).factors)
+        return Loaded(fitted, fitted.size_bytes)
 
     return load
-
-
-def fuse_adapter(factors: Mapping[str, adapter_files.Factors], decoder: Decoder) -> LoraWeights:
-    """Factors per module (``a [rank, d_in]``, ``b [d_out, rank]``) as the runner wants them: per fused
-    projection, transposed, in the model's own type and place."""
-    sizes = _sizes(decoder)
-    layers = []
-    for index in range(decoder.shape.num_layers):
-        prefix = decoder.family.layer.format(i=index)
-        layer = {}
-        for name, parts in decoder.family.projections.items():
-            given = [_turned(factors.get(prefix + part), decoder) for part in parts]
-            fused = fuse(list(zip(given, sizes[name], strict=True)))
-            if fused is not None:
-                layer[name] = fused
-        layers.append(layer)
-    return LoraWeights(tuple(layers))
-
-
-def _turned(factors: adapter_files.Factors | None, decoder: Decoder) -> Factors | None:
-    if factors is None:
-        return None
-    a, b = (t.t().to(decoder.device, decoder.dtype).contiguous() for t in (factors.a, factors.b))
-    return Factors(a, b)
-
-
-def _sizes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
-    """``d_out`` of the parts of each fused projection."""
-    shape, first = decoder.shape, decoder.layers[0].projections
-    key_value = shape.num_kv_heads * shape.head_dim
-    half = first["gate_up"].weight.shape[0] // 2
-    return {
-        "qkv": (shape.num_heads * shape.head_dim, key_value, key_value),
-        "o": (first["o"].weight.shape[0],),
-        "gate_up": (half, half),
-        "down": (first["down"].weight.shape[0],),
-    }

@@ -13,15 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attribution.types import ZERO_ID
-from serve_apps.engine.families import Decoder
+from cluster import adapters as adapter_files
+from serve_apps.engine.families import Decoder, Shape, part_sizes
 from serve_apps.engine.kv_cache import NULL_BLOCK, slots
 from serve_apps.engine.lora import (
+    Factors,
     LoraWeights,
     Segment,
     Stack,
     StackedRows,
     add_lora_segments,
     add_lora_stacked,
+    fuse,
 )
 from serve_apps.engine.scheduler import Row, StepPlan
 
@@ -86,6 +89,32 @@ class ModelRunner:
     def block_bytes(model: Decoder, block_size: int) -> int:
         shape = model.shape
         return 2 * shape.num_layers * shape.num_kv_heads * block_size * shape.head_dim * model.embed.itemsize
+
+    @property
+    def shape(self) -> Shape:
+        return self.model.shape
+
+    def fit(self, factors: Mapping[str, adapter_files.Factors]) -> LoraWeights:
+        """Factors per module (``a [rank, d_in]``, ``b [d_out, rank]``) as this runner wants them: per fused
+        projection, transposed, in the model's own type and place."""
+        sizes = part_sizes(self.model)
+        layers = []
+        for index in range(self.shape.num_layers):
+            prefix = self.model.family.layer.format(i=index)
+            layer = {}
+            for name, parts in self.model.family.projections.items():
+                given = [self._turned(factors.get(prefix + part)) for part in parts]
+                fused = fuse(list(zip(given, sizes[name], strict=True)))
+                if fused is not None:
+                    layer[name] = fused
+            layers.append(layer)
+        return LoraWeights(tuple(layers))
+
+    def _turned(self, factors: adapter_files.Factors | None) -> Factors | None:
+        if factors is None:
+            return None
+        a, b = (t.t().to(self.model.device, self.model.dtype).contiguous() for t in (factors.a, factors.b))
+        return Factors(a, b)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, adapters: Mapping[bytes, LoraWeights]) -> Tensor:

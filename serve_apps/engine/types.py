@@ -156,6 +156,8 @@ class EngineLoad:
     num_free_blocks: int
     num_blocks: int
     resident_adapters: tuple[bytes, ...]
+    num_prefilled: int = 0  # tokens of prompts computed so far,
+    num_reused: int = 0  # and found in the cache instead
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,9 +77,9 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
     return Toys(base, storage, adapters)
 
 
-@pytest.fixture
-def toy_engine(toys: Toys) -> Iterator[Engine]:
-    engine = toys.engine()
+@pytest.fixture(params=[True, False], ids=["kernels", "torch"])
+def toy_engine(request: pytest.FixtureRequest, toys: Toys) -> Iterator[Engine]:
+    engine = toys.engine(is_native=request.param)
     yield engine
     engine.close()
 

@@ -76,18 +76,41 @@ def test_adapters_change_answers(toys: Toys, toy_engine: Engine) -> None:
     assert len(set(tokens(run(toy_engine, requests), requests))) == len(requests)
 
 
-def test_chunks_and_preemption_change_no_answer(toys: Toys, toy_engine: Engine) -> None:
+@pytest.mark.parametrize("is_native", [True, False], ids=["kernels", "torch"])
+def test_chunks_and_preemption_change_no_answer(toys: Toys, toy_engine: Engine, is_native: bool) -> None:
     """A token budget of 5 and a cache that holds two of the ten requests."""
-    tight = toys.engine(Limits(max_batch_tokens=5, max_length=96), kv_bytes=8 * 16 * 1024)
+    limits = Limits(max_batch_tokens=5, max_length=96)
+    tight = toys.engine(limits, kv_bytes=8 * 16 * 1024, is_native=is_native)
     roomy, narrow = (mixed(toys, "all different", max_tokens=20) for _ in range(2))
     assert tokens(run(tight, narrow), narrow) == tokens(run(toy_engine, roomy), roomy)
     load = tight.load()
     assert load.num_free_blocks == load.num_blocks - 1
 
 
-def test_freed_blocks_carry_nothing_to_their_next_owner(toys: Toys) -> None:
+@pytest.mark.parametrize("is_native", [True, False], ids=["kernels", "torch"])
+def test_a_beginning_that_was_seen_before_changes_no_answer(toys: Toys, is_native: bool) -> None:
+    """A shared beginning over every adapter, twice, with and without the prefix cache; nobody finds what
+    another tenant or another adapter computed."""
+    common = tuple((13 * i) % 250 + 3 for i in range(50))
+    ids = [ZERO_ID, *toys.adapter_ids]
+    with_cache = toys.engine(is_native=is_native)
+    without = toys.engine(Limits(reuses_prefixes=False), is_native=is_native)
+    for turn in range(2):
+        seen, fresh = ([request((*common, turn), key) for key in ids] for _ in range(2))
+        before = with_cache.load().num_reused
+        assert tokens(run(with_cache, seen), seen) == tokens(run(without, fresh), fresh)
+        assert with_cache.load().num_reused - before == turn * 48 * len(ids)
+        stranger = replace(request((*common, turn)), tenant="stranger" + str(turn))
+        before = with_cache.load().num_reused
+        assert tokens(run(with_cache, [stranger]), [stranger]) == tokens(run(without, [fresh[0]]), [fresh[0]])
+        assert with_cache.load().num_reused == before
+    assert without.load().num_reused == 0
+
+
+@pytest.mark.parametrize("is_native", [True, False], ids=["kernels", "torch"])
+def test_freed_blocks_carry_nothing_to_their_next_owner(toys: Toys, is_native: bool) -> None:
     """A cache small enough to be reused at every request gives what a fresh one gives."""
-    used, fresh = toys.engine(kv_bytes=8 * 16 * 1024), toys.engine(kv_bytes=8 * 16 * 1024)
+    used, fresh = (toys.engine(kv_bytes=8 * 16 * 1024, is_native=is_native) for _ in range(2))
     run(used, [request(PROMPTS[9], key, max_tokens=30) for key in toys.adapter_ids])
     again, first = request(PROMPTS[2]), request(PROMPTS[2])
     assert tokens(run(used, [again]), [again]) == tokens(run(fresh, [first]), [first])

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections import Counter
 
 import pytest
 
@@ -117,15 +118,16 @@ def test_a_full_cache_preempts_the_latest_comer_and_everybody_still_ends() -> No
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_any_mix_ends_within_budget_and_no_block_has_two_owners(seed: int) -> None:
+def test_any_mix_ends_within_budget_and_nobody_else_reads_a_block_that_is_written(seed: int) -> None:
     rng = random.Random(seed)
     s = scheduler(num_blocks=12, block_size=3, max_length=33)
     for number in range(30):
         s.add(request(number, rng.randint(1, 20), rng.randint(1, 12)))
     for _ in range(2000):
         plan = s.schedule(lambda _: True)
-        owned = [block for row in plan.rows for block in row.blocks]
-        assert len(owned) == len(set(owned)) and NULL_BLOCK not in owned
+        readers = Counter(block for row in plan.rows for block in row.blocks)
+        written = {row.blocks[t // 3] for row in plan.rows for t in range(row.start, row.end)}
+        assert all(readers[block] == 1 for block in written) and NULL_BLOCK not in readers
         assert plan.num_tokens <= s.limits.max_batch_tokens
         for row in plan.rows:
             assert len(row.blocks) * 3 >= row.end
@@ -165,3 +167,84 @@ def test_what_could_never_run_is_refused_at_the_door() -> None:
 
 def test_slots_follow_the_block_table() -> None:
     assert slots([5, 2], 3, 6, 4) == [23, 8, 9]
+
+
+def with_tokens(number: int, tokens: list[int], tenant: str = "tenant", adapter_id: bytes = ZERO_ID):  # type: ignore[no-untyped-def]
+    params = SamplingParams(max_tokens=4)
+    return EngineRequest(number.to_bytes(32, "big"), "owner", tenant, tuple(tokens), params, adapter_id)
+
+
+def finish(s: Scheduler, each: EngineRequest) -> list[int]:
+    """Run one request to its end; the tokens of each of its rows."""
+    s.add(each)
+    sizes = []
+    while s.num_running or s.num_waiting:
+        sizes += [len(row.token_ids) for row in step(s).rows]
+    return sizes
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_computes_only_the_rest() -> None:
+    s = scheduler(max_batch_tokens=64)
+    prompt = list(range(18))
+    assert finish(s, with_tokens(1, prompt)) == [18, 1, 1, 1]
+    assert finish(s, with_tokens(2, [*prompt[:12], 99, 98])) == [2, 1, 1, 1]
+    assert finish(s, with_tokens(3, prompt[:16])) == [4, 1, 1, 1]  # one token must be left to sample after
+    assert finish(s, with_tokens(4, [*prompt, 7, 7, 7, 1, 2])) == [3, 1, 1, 1]  # the answer's blocks too
+    assert (s.num_prefilled, s.num_reused) == (18 + 2 + 4 + 3, 12 + 12 + 20)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"tenant": "other"}, {"adapter_id": ADAPTER}, {"tokens": [5, *range(1, 18)]}],
+    ids=["tenant", "adapter", "first token"],
+)
+def test_nothing_is_reused_across_tenants_adapters_or_different_pasts(other: dict[str, object]) -> None:
+    s = scheduler(max_batch_tokens=64)
+    finish(s, with_tokens(1, list(range(18))))
+    assert finish(s, with_tokens(2, **{"tokens": list(range(18)), **other})) == [18, 1, 1, 1]
+    assert s.num_reused == 0
+
+
+def test_running_requests_share_the_blocks_of_their_common_beginning() -> None:
+    s = scheduler(max_batch_tokens=64)
+    prompt = list(range(16))
+    s.add(with_tokens(1, prompt))
+    step(s)
+    s.add(with_tokens(2, [*prompt, 50]))
+    rows = {row.request_id[-1]: row for row in step(s).rows}
+    assert rows[1].blocks[:4] == rows[2].blocks[:4] and rows[2].start == 16
+    assert not set(rows[2].blocks[:4]) & set(rows[2].new_blocks)  # what is shared is never cleared
+    assert not set(rows[1].blocks[4:]) & set(rows[2].blocks[4:])
+    s.remove((1).to_bytes(32, "big"))
+    assert step(s).rows[0].blocks[:4] == rows[2].blocks[:4]
+    s.remove((2).to_bytes(32, "big"))
+    assert s.pool.num_free == 32
+
+
+def test_the_least_recently_used_prefix_is_overwritten_first() -> None:
+    s = scheduler(num_blocks=11, max_batch_tokens=64, max_length=40)  # 10 blocks, 4 or 5 a request
+    first, second, third = (list(range(100 * n, 100 * n + 13)) for n in (1, 2, 3))
+    finish(s, with_tokens(1, first))
+    finish(s, with_tokens(2, second))
+    finish(s, with_tokens(3, first))
+    assert s.num_reused == 12
+    finish(s, with_tokens(4, third))
+    assert finish(s, with_tokens(5, first))[0] == 1
+    assert finish(s, with_tokens(6, second))[0] > 1
+
+
+def test_what_was_preempted_finds_most_of_its_past_again() -> None:
+    s = scheduler(num_blocks=9, max_batch_tokens=64, max_length=32)
+    for number in range(2):
+        s.add(with_tokens(number, list(range(100 * number, 100 * number + 14))))
+    sizes = []
+    while s.num_running or s.num_waiting:
+        sizes += [len(row.token_ids) for row in step(s).rows]
+    assert s.num_reused > 0 and s.pool.num_free == 8
+
+
+def test_without_reuse_everything_is_computed() -> None:
+    s = scheduler(max_batch_tokens=64, reuses_prefixes=False)
+    for number in range(3):
+        assert finish(s, with_tokens(number, list(range(18))))[0] == 18
+    assert s.num_reused == 0
