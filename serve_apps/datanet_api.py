@@ -36,7 +36,7 @@ class RevealQuery(Body):
     contributor_id: Hex
     commitment: Hex
     content_sha256: Hex
-    num_rows: int = Field(ge=0, lt=2**32)
+    num_rows: int = Field(ge=0, lt=2**32, strict=False)  # a query is text
     salt: Hex
     signature: Hex
 
