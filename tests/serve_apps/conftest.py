@@ -163,6 +163,7 @@ def open_gateway(
     lease_s: int = 30,
     host_config: HostConfig | None = None,
     renew_every_s: float = 0.5,
+    **engine_config: object,
 ) -> Iterator[Gateway]:
     """Publishes the toy adapters as ``toy/a1@1`` … and serves until the block ends."""
     with writing(database) as session:
@@ -178,7 +179,7 @@ def open_gateway(
                 price_gwei_per_token=20,
                 now=1,
             )
-    host = EngineHost(toys.engine(), host_config)
+    host = EngineHost(toys.engine(**engine_config), host_config)
     pool = WorkerPool("gateway", renew_every_s)
     tokenizer = load_tokenizer(toys.base.path)
     services = Services(
