@@ -4,7 +4,13 @@
 are multiplied in fp32, which halves what a small batch reads; a bf16 model, where the processor multiplies
 bf16, has its inputs rounded as in torch. All else is fp32. Every number is summed in one order whatever
 else is in the batch, so answers, to the bit, depend on the request alone: how it is batched, chunked or
-preempted changes nothing (tests/serve_apps/engine/test_native.py)."""
+preempted changes nothing (tests/serve_apps/engine/test_native.py).
+
+Measured on two AVX2 cores with SmolLM2-135M in fp32. tests/bench/serving/engine_speed.py: 168 tokens/s over
+16 adapters and 193 on the base model, 73% and 82% of what torch's own rate of multiplying matrices allows;
+with another busy process on every core 4.4 times less, not ten. Steps in turn with torch's on a busy machine:
+4 to 5 times faster at one row and at 8, 2 to 3 at 32, 2 at 64, 1.1 for prompts of 1024 tokens. What did it:
+packed weights (torch multiplies 8 rows at a sixth of its rate), the cache in place, true ranks."""
 
 import ctypes
 import math
