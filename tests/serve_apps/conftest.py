@@ -163,9 +163,10 @@ def open_gateway(
     lease_s: int = 30,
     host_config: HostConfig | None = None,
     renew_every_s: float = 0.5,
-    **engine_config: object,
+    is_native: bool = True,
 ) -> Iterator[Gateway]:
-    """Publishes the toy adapters as ``toy/a1@1`` … and serves until the block ends."""
+    """Publishes the toy adapters as ``toy/a1@1`` … and serves until the block ends. By our kernels a long
+    answer of the toy is over within a lease; where it must not be, torch is slow enough."""
     with writing(database) as session:
         for number, adapter_id in enumerate(toys.adapter_ids, start=1):
             publish(
@@ -179,7 +180,7 @@ def open_gateway(
                 price_gwei_per_token=20,
                 now=1,
             )
-    host = EngineHost(toys.engine(**engine_config), host_config)
+    host = EngineHost(toys.engine(is_native=is_native), host_config)
     pool = WorkerPool("gateway", renew_every_s)
     tokenizer = load_tokenizer(toys.base.path)
     services = Services(

@@ -153,12 +153,12 @@ def test_a_client_that_leaves_mid_stream_pays_for_what_was_sent(deployed: Deploy
 
 def test_killing_the_engine_mid_stream_is_a_clear_error_and_free_and_heals(deployed: Deployed) -> None:
     before = len(deployed.states())
+    (engine,) = deployed.pids("EngineActor")  # asked before: 900 tokens of the toy take less than a second
     stream = deployed.client().chat.completions.create(
         model="toy/a1", messages=ASK, max_tokens=900, stream=True, extra_body={"ignore_eos": True}
     )
     chunks = iter(stream)
     next(chunks)
-    (engine,) = deployed.pids("EngineActor")
     os.kill(engine, signal.SIGKILL)
     with pytest.raises(APIError, match="worker"):
         list(chunks)
