@@ -8,8 +8,8 @@ whose popularity falls as 1/n. W2: the same without adapters. Medians over ``--r
 every run with prompts of its own: nothing is found in the prefix cache but a ``--shared-prefix``.
 
 The ceiling: a prompt token costs two operations a weight at the rate at which torch multiplies matrices here
-in the engine's type; a decode step costs the larger of its operations at that rate and its bytes (weights as
-bf16, keys and values, the adapters in use) at the rate at which memory is read, both measured in this run.
+in the engine's type; a decode step costs its operations at that rate and, not overlapped, its bytes (keys and
+values, the adapters in use) at the rate at which memory is read, both measured in this run.
 Prints one JSON object with its conditions and lines ``goal NAME VALUE TARGET met|short``."""
 
 import argparse
@@ -168,8 +168,8 @@ def ceiling(
     for name, in_use, per_token in (("w1", num_adapters, lora), ("w2", 0, 0.0)):
         prefill_s = 2 * (work.num_requests * prompt * (body + per_token) + work.num_requests * head) / flops
         compute_s = 2 * work.num_requests * (body + head + per_token) / flops
-        memory_s = (2 * (body + head + in_use * lora) + work.num_requests * past * kv_bytes) / read
-        decode_s = (work.max_tokens - 1) * max(compute_s, memory_s)
+        memory_s = (2 * in_use * lora + work.num_requests * past * kv_bytes) / read
+        decode_s = (work.max_tokens - 1) * (compute_s + memory_s)
         tokens = work.num_requests * work.max_tokens
         rates[f"{name}_ceiling_tokens_per_s"] = round(tokens / (prefill_s + decode_s), 1)
     return {**rates, "gemm_gflop_per_s": round(flops / 1e9, 1), "read_gb_per_s": round(read / 1e9, 1)}
@@ -206,8 +206,9 @@ def medians(runs: Sequence[Run]) -> dict[str, float]:
     return {name: round(median(runs, name), 2) for name in Run.__slots__}
 
 
-def goal(name: str, value: float, target: float) -> None:
-    print(f"goal {name} {value:.2f} {target} {'met' if value >= target else 'short'}")
+def goal(name: str, value: float, target: float, *, at_most: bool = False) -> None:
+    is_met = value <= target if at_most else value >= target
+    print(f"goal {name} {value:.2f} {target} {'met' if is_met else 'short'}")
 
 
 if __name__ == "__main__":
