@@ -138,6 +138,7 @@ async def measure(url: str, key: str, names: list[str], repeat: int) -> dict[str
         for i in popular([bytes([i]) for i in range(NUM_ADAPTERS)], NUM_REQUESTS)
     ]
     runs: dict[str, list[Run]] = {"w1": [], "w2": [], "w4": []}
+    num_prefilled: list[float] = []
     async with aiohttp.ClientSession(
         url,
         headers={"Authorization": f"Bearer {key}"},
@@ -149,7 +150,9 @@ async def measure(url: str, key: str, names: list[str], repeat: int) -> dict[str
             prefix = tokens(random.Random(1000 + turn), PREFIX_TOKENS)
             runs["w1"].append(await load(http, mixed, [], 3 * turn))
             runs["w2"].append(await load(http, ["base"] * NUM_REQUESTS, [], 3 * turn + 1))
+            before = await prefilled(http)
             runs["w4"].append(await load(http, mixed, prefix, 3 * turn + 2))
+            num_prefilled.append(await prefilled(http) - before)
         extra = await cold_ms(http, cold)
     found: dict[str, Any] = {
         name: {
@@ -160,7 +163,20 @@ async def measure(url: str, key: str, names: list[str], repeat: int) -> dict[str
     found["runs_tokens_per_s"] = {
         name: [round(one.tokens_per_s, 1) for one in of] for name, of in runs.items()
     }
-    return found | {"cold_extra_ms": round(statistics.median(extra), 1)}
+    share = statistics.median(num_prefilled) / (NUM_REQUESTS * (PREFIX_TOKENS + PROMPT_TOKENS))
+    return found | {
+        "cold_extra_ms": round(statistics.median(extra), 1),
+        "w4_prefilled_share": round(share, 3),
+    }
+
+
+async def prefilled(http: aiohttp.ClientSession) -> float:
+    """Prompt tokens computed so far, all engines together."""
+    async with http.get("/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    return sum(
+        float(line.split()[-1]) for line in lines if line.startswith("openledger_engine_prefilled_tokens")
+    )
 
 
 def engine_pss_gib() -> float:
@@ -210,6 +226,7 @@ def main() -> None:
     goal("w2_of_ceiling", w2["tokens_per_s"] / best["w2_ceiling_tokens_per_s"], 0.65)
     goal("w1_over_w2", w1["tokens_per_s"] / w2["tokens_per_s"], 0.80)
     goal("w4_tokens_per_s", w4["tokens_per_s"], 400)
+    goal("w4_prefilled_share", found["w4_prefilled_share"], 0.55, at_most=True)
     goal("w1_first_p50_s", w1["first_p50_s"], 2.5, at_most=True)
     goal("w1_gap_p50_ms", w1["gap_p50_ms"], 60, at_most=True)
     goal("cold_extra_ms", found["cold_extra_ms"], 10, at_most=True)
