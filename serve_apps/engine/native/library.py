@@ -147,16 +147,20 @@ def build(variant: str) -> Path:
     text = b"\0".join([*(source.read_bytes() for source in SOURCES), " ".join(flags).encode()])
     path = HERE / "build" / f"kernels-{variant.lower()}-{sha256(text).hexdigest()[:16]}.so"
     if not path.exists():
-        compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-        if compiler is None:
+        found = compiler()
+        if found is None:
             raise OSError("no C++ compiler on the PATH")
         path.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [compiler, *flags, str(SOURCES[0]), "-o", str(made)]
+            command = [found, *flags, str(SOURCES[0]), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
             made.rename(path)
     return path
+
+
+def compiler() -> str | None:
+    return shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
