@@ -68,6 +68,36 @@ def gradient_order(lora: Lora) -> list[str]:
 
 
 @contextmanager
+def updated(model: nn.Module, loras: Sequence[Lora]) -> Iterator[None]:
+    """Add adapters to the model's linears whose gradient nobody asks for, as a blend does."""
+    handles = [
+        _linear(model, path, factors).register_forward_hook(
+            lambda _module, inputs, out, factors=factors: out + _update(factors, inputs[0]).to(out.dtype)
+        )
+        for lora in loras
+        for path, factors in lora.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _linear(model: nn.Module, path: str, factors: Factors) -> nn.Module:
+    linear = model.get_submodule(path)
+    shape = (factors.b.shape[0], factors.a.shape[1])
+    if tuple(linear.weight.shape) != shape:
+        raise Corrupted("lora_shape", f"{path} is {tuple(linear.weight.shape)}, factors make {shape}")
+    return linear
+
+
+def _update(factors: Factors, x: Tensor) -> Tensor:
+    low = functional.linear(x.to(factors.a.dtype), factors.a)
+    return factors.scale * functional.linear(low, factors.b)
+
+
+@contextmanager
 def _attached(model: nn.Module, lora: Lora) -> Iterator[dict[str, _Tap]]:
     """Add the factors' update to the model's linears and record what passes through them."""
     taps: dict[str, _Tap] = {}
@@ -75,8 +105,7 @@ def _attached(model: nn.Module, lora: Lora) -> Iterator[dict[str, _Tap]]:
     def hook_for(path: str, factors: Factors):  # type: ignore[no-untyped-def]
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
             x = inputs[0]
-            update = functional.linear(functional.linear(x.to(factors.a.dtype), factors.a), factors.b)
-            y = out + (factors.scale * update).to(out.dtype)
+            y = out + _update(factors, x).to(out.dtype)
             if not y.requires_grad:  # the first adapted layer: nothing below it needs a graph
                 y = y.detach().requires_grad_()
             taps[path] = _Tap(x.detach(), y)
@@ -84,13 +113,10 @@ def _attached(model: nn.Module, lora: Lora) -> Iterator[dict[str, _Tap]]:
 
         return hook
 
-    handles = []
-    for path, factors in lora.items():
-        linear = model.get_submodule(path)
-        shape = (factors.b.shape[0], factors.a.shape[1])
-        if tuple(linear.weight.shape) != shape:
-            raise Corrupted("lora_shape", f"{path} is {tuple(linear.weight.shape)}, factors make {shape}")
-        handles.append(linear.register_forward_hook(hook_for(path, factors)))
+    handles = [
+        _linear(model, path, factors).register_forward_hook(hook_for(path, factors))
+        for path, factors in lora.items()
+    ]
     try:
         yield taps
     finally:

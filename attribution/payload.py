@@ -1,11 +1,12 @@
 """The bytes that go to the DA layer, and the header chain that binds them on chain.
 
-A batch payload is columnar: ``OLB1``, then zlib of: ``u64`` batch id, ``u32`` counts of payers, models and
-receipts; payers sorted (20 bytes, ``u64`` cumulative capture in gwei); models sorted (32 bytes base id, 32
-bytes adapter id); then one column after the other over the receipts sorted by receipt id: request id (32),
-payer index (``u32``), payer seq (``u64``), model index (``u32``), prompt and completion tokens (``u32``
-each), fee gwei (``u64``), commitment (32), hour (``u32``). Integers are big-endian. No column holds text of a
-user.
+A batch payload is columnar: ``OLB2``, then zlib of: ``u64`` batch id, ``u32`` counts of payers, models,
+blends and receipts; payers sorted (20 bytes, ``u64`` cumulative capture in gwei); models sorted (32 bytes
+base id, 32 bytes adapter or blend id); the blends that models name, sorted by id (``u32`` length, canonical
+bytes, of which the id is the SHA-256); then one column after the other over the receipts sorted by receipt
+id: request id (32), payer index (``u32``), payer seq (``u64``), model index (``u32``), prompt and completion
+tokens (``u32`` each), fee gwei (``u64``), commitment (32), hour (``u32``). Integers are big-endian. No column
+holds text of a user.
 
 A period payload is ``OLP1``, then zlib of the canonical bytes (attribution/codec.py) of ``PeriodPayload``.
 Decoders refuse what an encoder would not have written, so a payload has one reading; ``payload_hash`` is
@@ -22,12 +23,12 @@ from attribution.errors import Corrupted
 from attribution.hashing import keccak256
 from attribution.merkle import MerkleTree, merkle_tree, receipt_leaf, reward_leaf
 from attribution.payout import AdapterClose, Beneficiaries, Payouts, Split, pay
-from attribution.types import Batch, Capture, Credit, Receipt, Share
+from attribution.types import Batch, Blend, Capture, Credit, Receipt, Share
 
 WEI_PER_GWEI = 10**9
 MAX_DECODED_BYTES = 256 * 2**20  # a payload of DA size (16 MiB) that unpacks to more is an attack
 
-_BATCH_MAGIC = b"OLB1"
+_BATCH_MAGIC = b"OLB2"
 _PERIOD_MAGIC = b"OLP1"
 
 
@@ -61,7 +62,7 @@ def next_head(
 
 
 def encode_batch(batch: Batch) -> bytes:
-    """Receipts must be sorted by id and captures by payer, one for every payer of the batch."""
+    """Receipts and blends must be sorted by id and captures by payer, one for every payer of the batch."""
     receipts = batch.receipts
     payers = [capture.payer for capture in batch.captures]
     models = sorted({(receipt.base_id, receipt.adapter_id) for receipt in receipts})
@@ -78,9 +79,13 @@ def encode_batch(batch: Batch) -> bytes:
         b"".join(r.commitment for r in receipts),
         _ints(4, [r.hour for r in receipts]),
     ]
-    head = _ints(8, [batch.batch_id]) + _ints(4, [len(payers), len(models), len(receipts)])
-    captures = b"".join(c.payer + _ints(8, [c.cumulative_gwei]) for c in batch.captures)
-    body = head + captures + b"".join(base + adapter for base, adapter in models) + b"".join(columns)
+    counts = [len(payers), len(models), len(batch.blends), len(receipts)]
+    dictionaries = [
+        *(c.payer + _ints(8, [c.cumulative_gwei]) for c in batch.captures),
+        *(base + adapter for base, adapter in models),
+        *(_ints(4, [len(canonical)]) + canonical for canonical in (b.canonical() for b in batch.blends)),
+    ]
+    body = b"".join([_ints(8, [batch.batch_id]), _ints(4, counts), *dictionaries, *columns])
     return _BATCH_MAGIC + zlib.compress(body, 9)
 
 
@@ -88,9 +93,10 @@ def decode_batch(payload: bytes) -> Batch:
     """The inverse. ``Corrupted`` if the payload is not what ``encode_batch`` writes."""
     read = _Columns(_unzip(payload, _BATCH_MAGIC))
     (batch_id,) = read.ints(8, 1)
-    num_payers, num_models, n = read.ints(4, 3)
+    num_payers, num_models, num_blends, n = read.ints(4, 4)
     captures = tuple(Capture(read.take(20), read.ints(8, 1)[0]) for _ in range(num_payers))
     models = [(read.take(32), read.take(32)) for _ in range(num_models)]
+    blends = tuple(Blend.from_canonical(read.take(read.ints(4, 1)[0])) for _ in range(num_blends))
     request_ids = read.chunks(32, n)
     payers, seqs, model_of = read.ints(4, n), read.ints(8, n), read.ints(4, n)
     prompts, completions, fees = read.ints(4, n), read.ints(4, n), read.ints(8, n)
@@ -112,12 +118,14 @@ def decode_batch(payload: bytes) -> Batch:
         )
         for i in range(n)
     )
-    batch = Batch(batch_id, receipts, captures)
+    batch = Batch(batch_id, receipts, captures, blends)
     _check_order([r.receipt_id for r in receipts], "receipts")
     _check_order([c.payer for c in captures], "captures")
     _check_order(models, "models")
-    if {r.payer for r in receipts} != {c.payer for c in captures} or len(set(model_of)) != num_models:
-        raise Corrupted("batch_dictionary", "a payer or model is listed and not used")
+    _check_order([blend.blend_id for blend in blends], "blends")
+    is_used = len(set(model_of)) == num_models and {b.blend_id for b in blends} <= {a for _, a in models}
+    if {r.payer for r in receipts} != {c.payer for c in captures} or not is_used:
+        raise Corrupted("batch_dictionary", "a payer, model or blend is listed and not used")
     return batch
 
 

@@ -8,15 +8,13 @@ floor goes to the pool. Rounding is by largest remainder, ties by position, so l
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from math import isqrt
 
 from attribution.errors import Corrupted
-from attribution.types import ZERO_ID, Credit, Share
-
-PPM = 1_000_000
+from attribution.types import PPM, ZERO_ID, Blend, Credit, Receipt, Share
 
 
 class Role(StrEnum):
@@ -123,6 +121,17 @@ def pay(close: AdapterClose, split: Split, who: Beneficiaries) -> Payouts:
         Payout(who.pool, Role.POOL, pool_gwei),
     ]
     return Payouts(close.adapter_id, close.fee_gwei, tuple(line for line in lines if line.amount_gwei))
+
+
+def fee_shares(receipt: Receipt, blends: Mapping[bytes, Blend]) -> list[tuple[bytes, int]]:
+    """Adapter ids and the gwei of a receipt's fee that each has earned: all of it, or, of a blend, by weight.
+    Shares of nothing are left out. ``blends`` is by id and holds at least the receipt's."""
+    blend = blends.get(receipt.adapter_id)
+    if blend is None:
+        return [(receipt.adapter_id, receipt.fee_gwei)]
+    amounts = largest_remainder([part.weight_ppm for part in blend.parts], receipt.fee_gwei)
+    shares = zip((part.adapter_id for part in blend.parts), amounts, strict=True)
+    return [(adapter_id, gwei) for adapter_id, gwei in shares if gwei]
 
 
 def share_out(

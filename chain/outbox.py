@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from attribution.payload import batch_tree
 from attribution.types import Batch, Capture, Receipt
+from cluster.blends import blends_among
 from cluster.receipts import Outbox
 from cluster.tables import BatchReceiptRow, BatchRow, PayerRow, ReceiptRow
 
@@ -47,7 +48,9 @@ def next_batch(session: Session, rules: BatchRules) -> Batch:
     payers = sorted({receipt.payer for receipt in receipts})
     captures = [Capture(payer, _settled_gwei(session, payer) + _spent(receipts, payer)) for payer in payers]
     last = session.scalar(select(func.max(BatchRow.batch_id))) or 0
-    return Batch(last + 1, tuple(receipts), tuple(captures))
+    blends = blends_among(session, (receipt.adapter_id for receipt in receipts))
+    named = tuple(blend for _, blend in sorted(blends.items()))
+    return Batch(last + 1, tuple(receipts), tuple(captures), named)
 
 
 def record(session: Session, batch: Batch, payload_hash: bytes, term: int, now: int) -> None:

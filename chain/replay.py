@@ -19,7 +19,7 @@ from attribution.payload import (
     decode_period,
     next_head,
 )
-from attribution.payout import AdapterClose, Payouts
+from attribution.payout import AdapterClose, Payouts, fee_shares
 from attribution.types import ZERO_ID, Batch, Share
 from chain.deployment import Deployment
 from chain.events import (
@@ -80,7 +80,7 @@ class Replay:
         self._before = Earned()  # the newest period, if it is disabled
         self._leaves: dict[bytes, set[int]] = defaultdict(set)  # cumulative wei a posted root has promised
         self._claimed: dict[bytes, int] = defaultdict(int)
-        self.adapter_ids: set[bytes] = set()  # that receipts name
+        self.adapter_ids: set[bytes] = set()  # that receipts name, alone or in a blend
         self.closes: list[tuple[int, AdapterClose]] = []  # by which period
         self.findings: list[Finding] = []
         self.batches: list[BatchLine] = []
@@ -185,6 +185,7 @@ class Replay:
         self._same("batch_root", subject, batch_tree(batch).root, event.root)
         self._same("batch_receipts", subject, len(batch.receipts), event.num_receipts)
         self._same("batch_fee", subject, batch.fee_gwei * WEI_PER_GWEI, event.fee_wei)
+        blends = {blend.blend_id: blend for blend in batch.blends}
         for receipt in sorted(batch.receipts, key=lambda receipt: (receipt.payer, receipt.payer_seq)):
             self.checked["receipts"] += 1
             book = self._payers[receipt.payer]
@@ -196,9 +197,10 @@ class Replay:
             if receipt.request_id in self._seen:
                 self._find("receipt_twice", f"{subject}, request {receipt.request_id.hex()}", "once", "again")
             self._seen.add(receipt.request_id)
-            self.adapter_ids.add(receipt.adapter_id)
             fees = self._fees[-1]
-            fees[receipt.adapter_id] = fees.get(receipt.adapter_id, 0) + receipt.fee_gwei
+            for adapter_id, fee_gwei in fee_shares(receipt, blends):
+                self.adapter_ids.add(adapter_id)
+                fees[adapter_id] = fees.get(adapter_id, 0) + fee_gwei
         self._announce(event.batch_id, batch)
 
     def _announce(self, batch_id: int, batch: Batch) -> None:

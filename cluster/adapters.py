@@ -125,12 +125,19 @@ def load_adapter(
     storage: Storage, adapter: Adapter, linear_shapes: Mapping[str, tuple[int, int]]
 ) -> AdapterWeights:
     """The factors behind a published row, checked against its id."""
-    packed = storage.get(adapter_key(adapter.adapter_id))
-    if sha256(packed) != adapter.adapter_id:
-        raise Corrupted(
-            "adapter_hash", f"the file of {adapter.ref} hashes to {sha256(packed).hex()}", field="adapter_id"
-        )
-    return unpack(packed, adapter.base_id, linear_shapes)
+    return AdapterWeights(
+        adapter.base_id, stored_factors(storage, adapter.adapter_id, adapter.base_id, linear_shapes)
+    )
+
+
+def stored_factors(
+    storage: Storage, adapter_id: bytes, base_id: bytes, linear_shapes: Mapping[str, tuple[int, int]]
+) -> Mapping[str, Factors]:
+    packed = storage.get(adapter_key(adapter_id))
+    if sha256(packed) != adapter_id:
+        found = f"the file of {adapter_id.hex()} hashes to {sha256(packed).hex()}"
+        raise Corrupted("adapter_hash", found, field="adapter_id")
+    return unpack(packed, base_id, linear_shapes).factors
 
 
 def adapter_key(adapter_id: bytes) -> str:

@@ -11,8 +11,9 @@ from sqlalchemy import Connection, and_, bindparam, insert, select, update
 from sqlalchemy.orm import Session
 
 from attribution.errors import Rejected
-from attribution.types import Receipt
+from attribution.types import Blend, Receipt
 from cluster.balances import MAX_GWEI, give_back, take
+from cluster.blends import keep_blend
 from cluster.database import insert_new
 from cluster.ledger import FEES, Entry, payer_free, payer_reserved, post_first
 from cluster.tables import AccountRow, ChargeRow, ReceiptRow, TranscriptRow, table_of
@@ -68,7 +69,7 @@ class ReceiptDraft:
     """All of a receipt that the gateway knows; the payer's sequence number is the capture's to give."""
 
     base_id: bytes
-    adapter_id: bytes  # zero for the base model
+    adapter_id: bytes  # zero for the base model, a blend's id for a blend
     prompt_tokens: int
     completion_tokens: int
     fee_gwei: int
@@ -76,6 +77,7 @@ class ReceiptDraft:
     response_json: str
     transcript: SealedTranscript | None  # None with ``store: false``
     evidence_state: str  # pending, or none
+    blend: Blend | None = None  # that ``adapter_id`` stands for
 
 
 def reserve(
@@ -154,6 +156,8 @@ def capture(session: Session, request_id: bytes, draft: ReceiptDraft, now: int) 
         payer_seq = give_back(connection, account_id, payer, max_gwei, draft.fee_gwei)
         receipt = _receipt(request_id, bytes.fromhex(payer), payer_seq, draft, now)
         _store(connection, receipt, account_id, draft, now)
+        if draft.blend is not None:
+            keep_blend(session, draft.blend)
         entries = (
             Entry(payer_reserved(receipt.payer), -max_gwei),
             Entry(payer_free(receipt.payer), max_gwei - draft.fee_gwei),

@@ -322,6 +322,14 @@ class PeriodRow(Row):
     closed_at: Mapped[int]
 
 
+class BlendRow(Row):
+    """What a receipt's blend id stands for; kept for good, as the receipt is."""
+
+    __tablename__ = "blends"
+    blend_id: Mapped[str] = mapped_column(Hex32, primary_key=True)
+    canonical: Mapped[bytes]
+
+
 class PayoutRow(Row):
     """What one beneficiary earned of one adapter in one period. The pool is a beneficiary like any other."""
 

@@ -217,7 +217,7 @@ def sum_chunks(settings: Settings, index_id: bytes, chunks: Sequence[Chunk]) -> 
         raise Rejected(
             "wrong_base", f"the index is over base {index.card.base_id}, configured is {base.base_id.hex()}"
         )
-    return store_sums(load_base(base.path, torch.float32), index.loras, storage, chunks)
+    return store_sums(load_base(base.path, torch.float32), index, storage, chunks)
 
 
 def _work(ground: Ground, spec: CloseSpec) -> Outcome:

@@ -2,7 +2,7 @@
 
 Nothing remembers which receipts are paid: it follows. A period pays all that an adapter has outstanding, so a
 receipt is paid exactly if its batch lies at or before the last batch of the newest period with a payout of
-its adapter."""
+its adapter. A blend's fee is due to its adapters by weight, and each part is paid when its adapter is."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,24 +12,35 @@ from sqlalchemy.orm import Session
 
 from attribution.errors import Corrupted, Rejected
 from attribution.payload import next_head
-from attribution.types import Receipt, Share
+from attribution.payout import fee_shares
+from attribution.types import Blend, Receipt, Share
+from cluster.blends import blends_among
 from cluster.tables import BatchReceiptRow, BatchRow, PayoutRow, PeriodRow, ReceiptRow, TranscriptRow
 
 
 @dataclass(frozen=True, slots=True)
+class Due:
+    """What one receipt owes to one adapter: its fee, or a part of it where a blend answered."""
+
+    receipt: Receipt
+    fee_gwei: int
+    blend: Blend | None
+
+
+@dataclass(frozen=True, slots=True)
 class Outstanding:
-    """One adapter's unpaid receipts, sorted by id. The base model is the adapter of id zero."""
+    """What is due to one adapter, sorted by receipt. The base model is the adapter of id zero."""
 
     adapter_id: bytes
-    receipts: tuple[Receipt, ...]
+    dues: tuple[Due, ...]
 
     @property
     def fee_gwei(self) -> int:
-        return sum(receipt.fee_gwei for receipt in self.receipts)
+        return sum(due.fee_gwei for due in self.dues)
 
     @property
     def num_payers(self) -> int:
-        return len({receipt.payer for receipt in self.receipts})
+        return len({due.receipt.payer for due in self.dues})
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +96,13 @@ def _outstanding(session: Session, last_batch: int) -> tuple[Outstanding, ...]:
         .where(BatchReceiptRow.batch_id <= last_batch)
         .order_by(ReceiptRow.receipt_id)
     )
-    unpaid: dict[bytes, list[Receipt]] = defaultdict(list)
-    for canonical, batch_id in rows:
-        receipt = Receipt.from_canonical(canonical)
-        if batch_id > paid_through.get(receipt.adapter_id, 0):
-            unpaid[receipt.adapter_id].append(receipt)
+    settled = [(Receipt.from_canonical(canonical), batch_id) for canonical, batch_id in rows]
+    blends = blends_among(session, (receipt.adapter_id for receipt, _ in settled))
+    unpaid: dict[bytes, list[Due]] = defaultdict(list)
+    for receipt, batch_id in settled:
+        for adapter_id, fee_gwei in fee_shares(receipt, blends):
+            if batch_id > paid_through.get(adapter_id, 0):
+                unpaid[adapter_id].append(Due(receipt, fee_gwei, blends.get(receipt.adapter_id)))
     found = (Outstanding(adapter_id, tuple(unpaid[adapter_id])) for adapter_id in sorted(unpaid))
     return tuple(one for one in found if one.fee_gwei)
 
@@ -98,16 +111,18 @@ def unchallengeable(session: Session, challenge_delay_s: int, now: int) -> list[
     """Receipts with a transcript that a final period has paid, and whose challenge delay is over."""
     is_over = (PeriodRow.state == "final") & (PeriodRow.closed_at + challenge_delay_s <= now)
     paid_through = paid_batches(session, is_over)
-    kept = session.execute(
-        select(TranscriptRow.receipt_id, ReceiptRow.adapter_id, BatchReceiptRow.batch_id)
-        .join(ReceiptRow, ReceiptRow.receipt_id == TranscriptRow.receipt_id)
-        .join(BatchReceiptRow, BatchReceiptRow.receipt_id == TranscriptRow.receipt_id)
-        .order_by(TranscriptRow.receipt_id)
+    rows = session.execute(
+        select(ReceiptRow.canonical, BatchReceiptRow.batch_id)
+        .join(TranscriptRow, TranscriptRow.receipt_id == ReceiptRow.receipt_id)
+        .join(BatchReceiptRow, BatchReceiptRow.receipt_id == ReceiptRow.receipt_id)
+        .order_by(ReceiptRow.receipt_id)
     )
+    kept = [(Receipt.from_canonical(canonical), batch_id) for canonical, batch_id in rows]
+    blends = blends_among(session, (receipt.adapter_id for receipt, _ in kept))
     return [
-        bytes.fromhex(receipt_id)
-        for receipt_id, adapter_id, batch_id in kept
-        if batch_id <= paid_through.get(bytes.fromhex(adapter_id), 0)
+        receipt.receipt_id
+        for receipt, batch_id in kept
+        if all(batch_id <= paid_through.get(adapter_id, 0) for adapter_id, _ in fee_shares(receipt, blends))
     ]
 
 

@@ -69,7 +69,7 @@ def prepare(
     row = session.get(AdapterRow, due.adapter_id.hex())
     if row is None or row.index_id is None:
         return wait("no_index", "the adapter has no index yet")
-    requests, payers = len(due.receipts), due.num_payers
+    requests, payers = len(due.dues), due.num_payers
     is_small = requests < rule.min_requests or payers < rule.min_payers
     if is_small and not rule.allow_small:
         return wait(
@@ -102,13 +102,13 @@ def open_files(storage: Storage, closable: Closable) -> Ready:
 def _open_answers(session: Session, key: bytes, due: Outstanding) -> tuple[int, list[Answer]]:
     """How many transcripts opened, and their answers. An answer without a token has no gradient: what was
     paid for it counts for nobody's records."""
-    ids = [receipt.receipt_id for receipt in due.receipts]
-    opened, answers = 0, []
+    owed = {one.receipt.receipt_id: one for one in due.dues}
+    ids, opened, answers = list(owed), 0, []
     for at in range(0, len(ids), TRANSCRIPTS_AT_ONCE):
         for stored in transcripts_of(session, ids[at : at + TRANSCRIPTS_AT_ONCE]):
             text = open_sealed(key, stored.ciphertext, stored.receipt.request_id)
             opened += 1
             if text.answer_ids:
-                example = Example(text.prompt_ids, text.answer_ids)
-                answers.append(Answer(stored.receipt.receipt_id, example, stored.receipt.fee_gwei))
+                example, one = Example(text.prompt_ids, text.answer_ids), owed[stored.receipt.receipt_id]
+                answers.append(Answer(stored.receipt.receipt_id, example, one.fee_gwei, one.blend))
     return opened, answers

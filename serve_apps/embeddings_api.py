@@ -19,7 +19,7 @@ from serve_apps.answers import MAX_INPUTS, Order
 from serve_apps.engine.types import SamplingParams
 from serve_apps.openai_answers import proof, usage
 from serve_apps.openai_api import IdempotencyKey, headers, last_of
-from serve_apps.openai_schema import Body, unsupported
+from serve_apps.openai_schema import MAX_MODEL_CHARS, Body, unsupported
 from serve_apps.ordering import refuse_unclear
 from serve_apps.services import Caller, Services, Shared
 
@@ -27,7 +27,7 @@ router = APIRouter()
 
 
 class EmbeddingsRequest(Body):
-    model: str = Field(max_length=200)
+    model: str = Field(max_length=MAX_MODEL_CHARS)
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None

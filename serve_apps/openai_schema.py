@@ -20,6 +20,7 @@ from serve_apps.tool_calls import call_text
 MAX_COMPLETION_LOGPROBS = 5  # as the OpenAI reference has it for /v1/completions
 MAX_SCHEMA_DEPTH = 64
 NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+MAX_MODEL_CHARS = 1000  # a blend of eight has eight names
 
 
 class Body(BaseModel):
@@ -167,7 +168,7 @@ class ResponseFormat(Body):
 class Generation(Body):
     """What chats and plain completions share."""
 
-    model: str = Field(max_length=200)
+    model: str = Field(max_length=MAX_MODEL_CHARS)
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from attribution.errors import Rejected
-from serve_apps.openai_schema import NAME, Body, ChatRequest, Schema, unsupported
+from serve_apps.openai_schema import MAX_MODEL_CHARS, NAME, Body, ChatRequest, Schema, unsupported
 
 
 class InputText(Body):
@@ -81,7 +81,7 @@ class TextConfig(Body):
 
 
 class ResponsesRequest(Body):
-    model: str = Field(max_length=200)
+    model: str = Field(max_length=MAX_MODEL_CHARS)
     input: str | list[InputMessage | FunctionCallItem | FunctionOutput]
     instructions: str | None = None
     max_output_tokens: int | None = None

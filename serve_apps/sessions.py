@@ -314,7 +314,8 @@ class Sessions:
             commitment=answer_commitment(salt, order.prompt_sha256, answer, model.index_id),
             response_json=json.dumps(asdict(kept)),
             transcript=sealed if order.is_stored else None,
-            evidence_state="pending" if order.is_stored and not model.is_base else "none",
+            evidence_state="pending" if order.is_stored and model.has_evidence else "none",
+            blend=model.blend,
         )
         return kept, draft
 

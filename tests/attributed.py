@@ -12,7 +12,7 @@ from safetensors.torch import save
 from attribution.hashing import keccak256, sha256
 from attribution.influence import sketched_gradients
 from attribution.payload import encode_batch
-from attribution.types import Adapter, Manifest, Receipt
+from attribution.types import Adapter, Blend, Manifest, Receipt
 from chain.outbox import BatchRules, next_batch, record
 from cluster.accounts import open_account
 from cluster.adapters import pack, publish, store_adapter
@@ -136,6 +136,7 @@ def pay_for(
     *,
     fee_gwei: int = 1000,
     adapter_id: bytes | None = None,
+    blend: Blend | None = None,
     keeps_transcript: bool = True,
 ) -> Receipt:
     """One captured answer, its transcript sealed as the gateway seals it."""
@@ -147,7 +148,7 @@ def pay_for(
     sealed = seal(key, Transcript(prompt, tuple(ids), question, answer), request_id)
     draft = ReceiptDraft(
         base_id=world.adapter.base_id,
-        adapter_id=world.adapter.adapter_id if adapter_id is None else adapter_id,
+        adapter_id=blend.blend_id if blend else adapter_id or world.adapter.adapter_id,
         prompt_tokens=len(prompt),
         completion_tokens=len(ids),
         fee_gwei=fee_gwei,
@@ -155,6 +156,7 @@ def pay_for(
         response_json="{}",
         transcript=SealedTranscript(b"salt", sealed) if keeps_transcript else None,
         evidence_state="pending",
+        blend=blend,
     )
     with writing(world.ground.engine) as session:
         hold(session, account_id, request_id, max_gwei=fee_gwei)

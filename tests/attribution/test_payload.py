@@ -2,12 +2,13 @@
 
 import random
 import zlib
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attribution.errors import Corrupted
+from attribution.errors import Corrupted, Rejected
 from attribution.hashing import keccak256
 from attribution.merkle import merkle_tree, receipt_leaf, verify
 from attribution.payload import (
@@ -19,7 +20,8 @@ from attribution.payload import (
     encode_period,
     next_head,
 )
-from attribution.types import Batch
+from attribution.payout import fee_shares
+from attribution.types import PPM, Batch, Blend, BlendPart
 from tests.attribution import values
 
 
@@ -69,19 +71,56 @@ def test_order_of_arrival_does_not_move_the_root(ids: list[bytes], rng: random.R
 @given(values.batches().filter(lambda batch: len(batch.receipts) > 1))
 @settings(max_examples=20)
 def test_receipts_in_another_order_are_refused(batch: Batch) -> None:
-    swapped = Batch(batch.batch_id, batch.receipts[::-1], batch.captures)
+    swapped = replace(batch, receipts=batch.receipts[::-1])
     with pytest.raises(Corrupted, match="not sorted"):
         decode_batch(encode_batch(swapped))
 
 
+@given(values.batches().filter(lambda batch: batch.blends))
+@settings(max_examples=20)
+def test_a_blend_that_no_receipt_names_is_refused(batch: Batch) -> None:
+    unnamed = [replace(r, adapter_id=bytes(32)) for r in batch.receipts]
+    receipts = tuple(sorted(unnamed, key=lambda r: r.receipt_id))
+    with pytest.raises(Corrupted, match="listed and not used"):
+        decode_batch(encode_batch(replace(batch, receipts=receipts)))
+
+
+@given(values.batches())
+def test_the_shares_of_a_fee_are_the_fee(batch: Batch) -> None:
+    blends = {blend.blend_id: blend for blend in batch.blends}
+    for receipt in batch.receipts:
+        shares = fee_shares(receipt, blends)
+        assert sum(gwei for _, gwei in shares) == receipt.fee_gwei
+        blend = blends.get(receipt.adapter_id)
+        for part in blend.parts if blend else ():
+            gwei = dict(shares).get(part.adapter_id, 0)
+            assert abs(gwei * PPM - receipt.fee_gwei * part.weight_ppm) < PPM
+
+
+def test_a_blend_is_refused_where_its_words_have_two_meanings() -> None:
+    one, other = BlendPart(b"\1" * 32, 400_000), BlendPart(b"\2" * 32, 600_000)
+    assert Blend.from_canonical(Blend((one, other)).canonical()) == Blend((one, other))
+    for parts, code in (
+        ((one,), "blend_parts"),
+        ((other, one), "blend_parts"),
+        ((one, one), "blend_parts"),
+        ((BlendPart(bytes(32), 400_000), other), "blend_parts"),
+        ((one, replace(other, weight_ppm=600_001)), "blend_weights"),
+        ((replace(one, weight_ppm=0), replace(other, weight_ppm=PPM)), "blend_weights"),
+    ):
+        with pytest.raises(Rejected) as refusal:
+            Blend(parts)
+        assert refusal.value.code == code
+
+
 def test_a_payload_that_unpacks_to_gigabytes_is_refused() -> None:
-    bomb = b"OLB1" + zlib.compress(bytes(300 * 2**20), 9)
+    bomb = b"OLB2" + zlib.compress(bytes(300 * 2**20), 9)
     with pytest.raises(Corrupted, match="too large"):
         decode_batch(bomb)
 
 
 @pytest.mark.parametrize(
-    "payload", [b"", b"OLP1", b"OLB1" + zlib.compress(b"short"), b"OLB1" + zlib.compress(b"")]
+    "payload", [b"", b"OLP1", b"OLB2" + zlib.compress(b"short"), b"OLB2" + zlib.compress(b"")]
 )
 def test_half_written_payloads_are_refused(payload: bytes) -> None:
     with pytest.raises(Corrupted):

@@ -1,10 +1,26 @@
 """Hypothesis strategies for the vocabulary: small values of every kind, valid by construction."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from attribution.payload import PeriodPayload, add_payouts
-from attribution.payout import PPM, AdapterClose, Beneficiaries, Split, largest_remainder, pay
-from attribution.types import Batch, Capture, Credit, Group, Manifest, ManifestEntry, Receipt, Record, Share
+from attribution.payout import AdapterClose, Beneficiaries, Split, largest_remainder, pay
+from attribution.types import (
+    MAX_BLEND_PARTS,
+    PPM,
+    Batch,
+    Blend,
+    BlendPart,
+    Capture,
+    Credit,
+    Group,
+    Manifest,
+    ManifestEntry,
+    Receipt,
+    Record,
+    Share,
+)
 
 ids = st.binary(min_size=32, max_size=32)
 addresses = st.binary(min_size=20, max_size=20)
@@ -22,11 +38,25 @@ beneficiaries = st.builds(Beneficiaries, ids, ids, st.just(bytes(32)) | ids, st.
 
 
 @st.composite
+def blends(draw: st.DrawFn) -> Blend:
+    parts = draw(st.lists(ids.filter(any), min_size=2, max_size=MAX_BLEND_PARTS, unique=True))
+    extra = largest_remainder([1 + draw(st.integers(0, 9)) for _ in parts], PPM - len(parts))
+    return Blend(tuple(BlendPart(one, 1 + ppm) for one, ppm in zip(sorted(parts), extra, strict=True)))
+
+
+@st.composite
 def batches(draw: st.DrawFn) -> Batch:
     found = draw(st.lists(receipts, min_size=1, max_size=12, unique_by=lambda r: r.receipt_id))
+    blended = draw(st.lists(blends(), max_size=len(found), unique_by=lambda b: b.blend_id))
+    for index, blend in enumerate(blended):
+        found[index] = replace(found[index], adapter_id=blend.blend_id)
     payers = sorted({r.payer for r in found})
-    captures = tuple(Capture(payer, draw(gwei)) for payer in payers)
-    return Batch(draw(st.integers(1, 2**40)), tuple(sorted(found, key=lambda r: r.receipt_id)), captures)
+    return Batch(
+        draw(st.integers(1, 2**40)),
+        tuple(sorted(found, key=lambda r: r.receipt_id)),
+        tuple(Capture(payer, draw(gwei)) for payer in payers),
+        tuple(sorted(blended, key=lambda b: b.blend_id)),
+    )
 
 
 @st.composite

@@ -19,7 +19,7 @@ from attribution.payload import (
     next_head,
 )
 from attribution.payout import AdapterClose, Beneficiaries, Split
-from attribution.types import ZERO_ID, Batch, Capture, Credit, Receipt, Share, contributor_id
+from attribution.types import ZERO_ID, Batch, Blend, Capture, Credit, Receipt, Share, contributor_id
 from chain.deployment import Deployment
 from chain.events import (
     BatchCommitted,
@@ -86,12 +86,16 @@ class History:
         return sum(r.fee_gwei for batch in batches for r in batch.receipts if r.payer == payer)
 
     def batch(
-        self, receipts: Sequence[Receipt], captures: Mapping[bytes, int] | None = None, **changed: Any
+        self,
+        receipts: Sequence[Receipt],
+        captures: Mapping[bytes, int] | None = None,
+        blends: tuple[Blend, ...] = (),
+        **changed: Any,
     ) -> None:
         """A settled batch; ``captures`` (cumulative gwei) lie in payload and events alike."""
         ordered = tuple(sorted(receipts, key=lambda r: r.receipt_id))
         batch_id = len(self.batches) + 1
-        batch = Batch(batch_id, ordered, ())
+        batch = Batch(batch_id, ordered, (), blends)
         spent = {p: self.spent_gwei(p, [*self.batches, batch]) for p in {r.payer for r in ordered}}
         taken = {**spent, **(captures or {})}
         batch = replace(batch, captures=tuple(Capture(payer, taken[payer]) for payer in sorted(taken)))

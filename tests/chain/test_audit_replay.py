@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from attribution.payload import encode_period
-from attribution.types import Share, contributor_id
+from attribution.types import Blend, BlendPart, Share, contributor_id
 from chain.replay import differences
 from tests.chain.history import (
     ADAPTER,
@@ -47,6 +47,26 @@ def test_an_honest_history_has_no_finding(history: History) -> None:
     history.period([close(7), close(5, {}, OTHER)], period_id=3, first_batch=3)
     assert history.audit() == []
     assert first.total_gwei == 60 and sum(share.amount_gwei for share in history.rewards) == 77
+
+
+def test_a_blends_fee_is_due_to_its_adapters_by_weight(history: History) -> None:
+    parts = [BlendPart(ADAPTER, 900_000), BlendPart(OTHER, 100_000)]
+    blend = Blend(tuple(sorted(parts, key=lambda part: part.adapter_id)))
+    history.batch([receipt(ALICE, 1, 10, blend.blend_id), receipt(BOB, 1, 30)], blends=(blend,))
+    history.period([close(39)], payload={"carried": ((OTHER, 1),)})
+    assert history.audit() == []
+
+
+def pays_one_adapter_for_a_blend(history: History) -> None:
+    blend = Blend(tuple(BlendPart(one, 500_000) for one in sorted((ADAPTER, OTHER))))
+    history.batch([receipt(ALICE, 1, 10, blend.blend_id)], blends=(blend,))
+    history.period([close(10)])
+
+
+def hides_what_a_blend_was_of(history: History) -> None:
+    blend = Blend(tuple(BlendPart(one, 500_000) for one in sorted((ADAPTER, OTHER))))
+    history.batch([receipt(ALICE, 1, 10, blend.blend_id)])
+    history.period([close(10)])
 
 
 def omits_a_receipt(history: History) -> None:
@@ -160,6 +180,8 @@ def pays_a_claim_twice(history: History) -> None:
         (withholds_a_payload, {"payload_missing"}),
         (pays_an_adapter_less_than_it_earned, {"period_fee"}),
         (forgets_to_list_what_it_carries, {"carried"}),
+        (pays_one_adapter_for_a_blend, {"period_fee", "carried"}),
+        (hides_what_a_blend_was_of, {"period_fee", "carried"}),
         (lies_about_the_total, {"period_total"}),
         (skips_a_period, {"period_gap"}),
         (skips_a_batch, {"period_batches", "period_fee"}),

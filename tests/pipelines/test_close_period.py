@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from attribution.influence import direction, integer_credits
 from attribution.payload import decode_period, encode_period
 from attribution.payout import Role
 from attribution.sketch import make_sketch
-from attribution.types import ZERO_ID
+from attribution.types import ZERO_ID, Adapter, Blend, BlendPart
+from cluster.adapters import load_adapter
 from cluster.database import reading, writing
 from cluster.indexes import stored_index
 from cluster.ledger import FEES, balance, imbalance
-from cluster.models import load_base
+from cluster.models import linear_shapes, load_base
 from cluster.tables import PayoutRow, PeriodRow, TranscriptRow
 from pipelines.answer_sums import ANSWERS_PER_CHUNK, Chunk, decode_sum, store_sums
 from pipelines.close_period import ClosedPeriod, CloseSpec, SumAnswers, close_period, forget
@@ -38,7 +40,7 @@ QUESTIONS = (("What is old?", "mercury"), ("Name a metal.", "iron"), ("Which one
 
 def plainly(world: World) -> SumAnswers:
     model = load_base(world.base_path, torch.float32)
-    return lambda index, chunks: void(store_sums(model, index.loras, world.ground.storage, chunks))
+    return lambda index, chunks: void(store_sums(model, index, world.ground.storage, chunks))
 
 
 def void(_: object) -> None: ...
@@ -127,16 +129,14 @@ def test_a_crash_in_the_middle_changes_nothing_and_repeats_nothing(world: World)
     model, storage = load_base(world.base_path, torch.float32), world.ground.storage
 
     def dies(opened: Index, chunks: Sequence[Chunk]) -> None:
-        store_sums(model, opened.loras, storage, chunks[:1])
+        store_sums(model, opened, storage, chunks[:1])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         close(world, dies)
     assert fees_and_entries(world)[0] == 0
     counted: list[int] = []
-    closed = close(
-        world, lambda opened, chunks: counted.append(store_sums(model, opened.loras, storage, chunks))
-    )
+    closed = close(world, lambda opened, chunks: counted.append(store_sums(model, opened, storage, chunks)))
     assert counted == [1]
     assert list(storage.list("answer_sums/")) == [], "sums of few answers do not outlive the period"
     by_hand = sum(100 + turn for turn in range(ANSWERS_PER_CHUNK + 3))
@@ -180,6 +180,67 @@ def test_an_adapter_that_is_not_ready_is_carried_and_paid_once_later(world: Worl
     assert second.payload.total_gwei == 517
     assert fees_and_entries(world) == (517, 0, {})
     assert (second.payload.first_batch, second.payload.last_batch) == (2, 2)
+
+
+def blend_of(world: World, other: Adapter) -> Blend:
+    """Three quarters of the world's adapter and a quarter of another."""
+    parts = [BlendPart(world.adapter.adapter_id, 750_000), BlendPart(other.adapter_id, 250_000)]
+    return Blend(tuple(sorted(parts, key=lambda part: part.adapter_id)))
+
+
+def test_a_blends_fee_is_paid_by_weight_and_each_part_when_its_adapter_is_ready(world: World) -> None:
+    other = publish_another(world, "toy/other", seed=5)
+    index(world)
+    (account,) = payers(world, 1)
+    blended = pay_for(world, account, *QUESTIONS[0], fee_gwei=1002, blend=blend_of(world, other))
+    pay_for(world, account, *QUESTIONS[1], fee_gwei=10)
+    settle(world)
+    first = close(world)
+    assert [(one.adapter_id, one.fee_gwei) for one in first.payload.adapters] == [
+        (world.adapter.adapter_id, 761 + (other.adapter_id > world.adapter.adapter_id))
+    ]
+    assert dict(first.payload.carried) == {other.adapter_id: 1012 - first.payload.adapters[0].fee_gwei}
+    with writing(world.ground.engine) as session:
+        session.execute(update(PeriodRow).values(state="final"))
+    delay = world.ground.settings.chain.activation_delay_s
+    assert forget(world.ground, NOW + delay) == 1, "the other adapter's part needs the blended answer"
+    index(world, other)
+    pay_for(world, account, *QUESTIONS[2], fee_gwei=3, adapter_id=other.adapter_id)
+    settle(world)
+    second = close(world)
+    assert [(one.adapter_id, one.fee_gwei) for one in second.payload.adapters] == [
+        (other.adapter_id, first.payload.carried[0][1] + 3)
+    ]
+    assert fees_and_entries(world) == (1015, 0, {})
+    with writing(world.ground.engine) as session:
+        session.execute(update(PeriodRow).values(state="final"))
+    assert forget(world.ground, NOW + delay) == 2
+    with reading(world.ground.engine) as session:
+        assert session.get(TranscriptRow, blended.receipt_id.hex()) is None
+
+
+def test_a_blended_answers_gradient_is_that_of_the_model_that_gave_it(world: World) -> None:
+    """Recomputed here with the other adapter's update merged into the base's weights."""
+    other = publish_another(world, "toy/other", seed=5)
+    opened = stored_index(world.ground.storage, index(world))
+    (account,) = payers(world, 1)
+    pay_for(world, account, *QUESTIONS[0], fee_gwei=1000, blend=blend_of(world, other))
+    settle(world)
+    (adapter,) = close(world).payload.adapters
+    model, bits = load_base(world.base_path, torch.float32), fraction_bits(750)
+    shapes = linear_shapes(world.base_path)
+    for name, factors in load_adapter(world.ground.storage, other, shapes).factors.items():
+        model.get_submodule(name).weight += 0.25 * factors.b.float() @ factors.a.float()
+    own = [
+        {name: replace(factors, scale=0.75 * factors.scale) for name, factors in lora.items()}
+        for lora in opened.loras
+    ]
+    example = Example(world.ask(QUESTIONS[0][0]), answer_tokens(world, QUESTIONS[0][1]))
+    alone = direction(load_base(world.base_path, torch.float32), opened.loras, example)
+    expected = direction(model, own, example)
+    total = decode_sum(world.ground.storage.get(f"gradient_sums/{adapter.gradient_sum_sha256.hex()}"))
+    found = total.double() / 750 / 2**bits
+    assert torch.dist(found, expected.double()) < 1e-4 < torch.dist(found, alone.double())
 
 
 def test_a_small_period_waits_unless_the_test_setting_says_so_on_the_statement(world: World) -> None:
