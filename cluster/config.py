@@ -55,6 +55,9 @@ class RaySettings(Values):
     num_cpus: int = 0  # 0 means what the machine has
     object_store_bytes: int = 300_000_000
     start_timeout_s: int = 180
+    has_haproxy: bool = (
+        True  # in front of a private head's gateways; False: Ray's own proxy, several times slower
+    )
     environment: dict[str, str] = {}  # for every Ray process we start; visible to all, so no secrets
 
 
@@ -103,7 +106,13 @@ class EngineSettings(Values):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bf16 where the hardware multiplies it
-    num_replicas: int = 1
+    num_replicas: int = Field(
+        default=1, ge=1
+    )  # workers, and the least of them where their number follows load
+    max_replicas: int = 0  # beyond num_replicas: as many as queues and caches ask for
+    upscale_delay_s: float = 10.0  # how long load must have asked for more
+    downscale_delay_s: float = 300.0  # and for fewer
+    drain_timeout_s: int = 600  # the longest answer that a worker or gateway about to stop still finishes
     num_threads: int = 0  # 0: all cores
     num_cpus: float = 0.5  # what Ray reckons one engine as; the laptop's two cores serve and train in turn
     kv_bytes: int = 536_870_912  # keys and values
