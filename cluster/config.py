@@ -104,6 +104,7 @@ class PeriodSettings(Values):
 class EngineSettings(Values):
     """The serving engine of one replica."""
 
+    backend: Literal["openlora", "vllm"] = "openlora"  # ours, or vLLM behind the same interface
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bf16 where the hardware multiplies it
     num_replicas: int = Field(
@@ -117,6 +118,8 @@ class EngineSettings(Values):
     num_cpus: float = 0.5  # what Ray reckons one engine as; the laptop's two cores serve and train in turn
     kv_bytes: int = 536_870_912  # keys and values
     adapter_bytes: int = 536_870_912  # loaded adapters; one may take a quarter of it
+    vllm_max_adapters: int = 16  # vLLM has slots instead: so many,
+    vllm_max_rank: int = 64  # each as large as an adapter of this rank
     max_batch_tokens: int = 512  # of one step: bounds how long a prompt delays everybody's next token
     max_running: int = 16
     max_waiting: int = 64

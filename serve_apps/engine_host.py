@@ -10,11 +10,22 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from attribution.errors import Unavailable
-from serve_apps.engine.engine import Engine
 from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest
 from serve_apps.outbox import Outbox
+
+
+class Steps(Protocol):
+    """What a host drives: our ``Engine``, or ``VllmEngine``."""
+
+    def submit(self, request: EngineRequest) -> None: ...
+    def cancel(self, request_id: bytes) -> None: ...
+    def wait_for_work(self, timeout_s: float) -> None: ...
+    def step(self) -> Bundle: ...
+    def load(self) -> EngineLoad: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +54,7 @@ class EngineHost:
     """All methods but the engine's loop run on one event loop."""
 
     def __init__(
-        self, engine: Engine, config: HostConfig | None = None, clock: Callable[[], float] = time.monotonic
+        self, engine: Steps, config: HostConfig | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._engine = engine
         self._config = config or HostConfig()

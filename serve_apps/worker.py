@@ -19,12 +19,14 @@ from ray.exceptions import RayError, RayTaskError
 from attribution.errors import Refusal, Unavailable
 from cluster.config import EngineSettings, Settings
 from cluster.models import base_model, native_dtype
-from cluster.storage import open_storage
+from cluster.storage import Storage, open_storage
 from serve_apps.autoscaling import pressure_of
 from serve_apps.engine.adapter_cache import CacheLimits
+from serve_apps.engine.engine import Engine
 from serve_apps.engine.loading import EngineConfig, build_engine
 from serve_apps.engine.scheduler import Limits
 from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest
+from serve_apps.engine.vllm_engine import VllmConfig, VllmEngine, build_vllm_engine
 from serve_apps.engine_host import EngineHost
 
 NAMESPACE = "openledger"
@@ -44,7 +46,7 @@ class EngineActor:
         storage = open_storage(
             settings.storage_url, s3_endpoint=settings.s3_endpoint, cache_dir=settings.home / "cache"
         )
-        self._host = EngineHost(build_engine(base_model(settings), storage, engine_config(settings.engine)))
+        self._host = EngineHost(_engine(settings, storage))
 
     async def submit(self, request: EngineRequest) -> None:
         await self._host.submit(request)
@@ -80,6 +82,8 @@ class Worker:
         # Threads that sleep while they wait. Measured with two at load 4 on two cores, batch 32, SmolLM2-135M
         # in fp32: 12 tok/s spinning, 54 sleeping (tests/bench/serving/engine_speed.py).
         environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+        if settings.engine.backend == "vllm":  # it would bind threads to cores of its own choice
+            environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
         actor = ray.remote(EngineActor).options(
             name=engine_name(self._worker_id),
             namespace=NAMESPACE,
@@ -137,6 +141,20 @@ class ActorDoor:
                 yield await reference
         except RayError as error:
             raise _refusal(error) from error
+
+
+def _engine(settings: Settings, storage: Storage) -> Engine | VllmEngine:
+    base, config = base_model(settings), engine_config(settings.engine)
+    if settings.engine.backend == "openlora":
+        return build_engine(base, storage, config)
+    vllm = VllmConfig(
+        dtype=str(config.dtype).removeprefix("torch."),
+        kv_bytes=config.kv_bytes,
+        limits=config.limits,
+        max_adapters=settings.engine.vllm_max_adapters,
+        max_rank=settings.engine.vllm_max_rank,
+    )
+    return build_vllm_engine(base, storage, settings.home / "cache" / "peft", vllm)
 
 
 def engine_config(settings: EngineSettings) -> EngineConfig:
