@@ -55,6 +55,9 @@ class RaySettings(Values):
     num_cpus: int = 0  # 0 means what the machine has
     object_store_bytes: int = 300_000_000
     start_timeout_s: int = 180
+    has_haproxy: bool = (
+        True  # in front of a private head's gateways; False: Ray's own proxy, several times slower
+    )
     environment: dict[str, str] = {}  # for every Ray process we start; visible to all, so no secrets
 
 
@@ -101,13 +104,22 @@ class PeriodSettings(Values):
 class EngineSettings(Values):
     """The serving engine of one replica."""
 
+    backend: Literal["openlora", "vllm"] = "openlora"  # ours, or vLLM behind the same interface
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bf16 where the hardware multiplies it
-    num_replicas: int = 1
+    num_replicas: int = Field(
+        default=1, ge=1
+    )  # workers, and the least of them where their number follows load
+    max_replicas: int = 0  # beyond num_replicas: as many as queues and caches ask for
+    upscale_delay_s: float = 10.0  # how long load must have asked for more
+    downscale_delay_s: float = 300.0  # and for fewer
+    drain_timeout_s: int = 600  # the longest answer that a worker or gateway about to stop still finishes
     num_threads: int = 0  # 0: all cores
     num_cpus: float = 0.5  # what Ray reckons one engine as; the laptop's two cores serve and train in turn
     kv_bytes: int = 536_870_912  # keys and values
     adapter_bytes: int = 536_870_912  # loaded adapters; one may take a quarter of it
+    vllm_max_adapters: int = 16  # vLLM has slots instead: so many,
+    vllm_max_rank: int = 64  # each as large as an adapter of this rank
     max_batch_tokens: int = 512  # of one step: bounds how long a prompt delays everybody's next token
     max_running: int = 16
     max_waiting: int = 64

@@ -1,37 +1,62 @@
 """The Serve application: gateways in front of workers, and how it is deployed."""
 
 import time
+from typing import Any
 
 import httpx
 from ray import serve
-from ray.serve.config import HTTPOptions
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, HTTPOptions
 
 from attribution.errors import Unavailable
-from cluster.config import Settings
+from cluster.config import EngineSettings, Settings
+from serve_apps.autoscaling import Pressure, workers_wanted
 from serve_apps.gateway import Gateway
 from serve_apps.worker import Worker
 
 NAME = "openledger"
 READY_WITHIN_S = 120
+LOOK_BACK_S = 15.0  # over which load is averaged; workers tell theirs every ten seconds
 
 
 def build(settings: Settings) -> serve.Application:
     """Gateways hold only connections; the engine behind each worker holds the model."""
     worker = serve.deployment(Worker).options(
-        num_replicas=settings.engine.num_replicas,
+        **_scale(settings.engine),
         ray_actor_options={"num_cpus": 0.05},
         health_check_period_s=2,
         health_check_timeout_s=60,  # a busy engine answers late
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=settings.engine.drain_timeout_s,
     )
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
         name="Gateway",
         ray_actor_options={"num_cpus": 0.05},
         max_ongoing_requests=1000,
         max_queued_requests=1000,
-        graceful_shutdown_timeout_s=60,
+        graceful_shutdown_timeout_s=settings.engine.drain_timeout_s,
     )
     return gateway.bind(settings, worker.bind(settings))
+
+
+def num_workers(context: AutoscalingContext) -> tuple[int, dict[str, object]]:
+    """Serve's autoscaling policy, in Serve's terms; keeps no state."""
+    taken = context.aggregated_metrics or {}
+    slots, kv = taken.get("slots", {}), taken.get("kv", {})
+    return workers_wanted(Pressure(slots[worker], kv[worker]) for worker in slots), {}
+
+
+def _scale(engine: EngineSettings) -> dict[str, Any]:
+    least, most = engine.num_replicas, engine.max_replicas
+    if most <= least:
+        return {"num_replicas": least}
+    config = AutoscalingConfig(
+        min_replicas=least,
+        max_replicas=most,
+        upscale_delay_s=engine.upscale_delay_s,
+        downscale_delay_s=engine.downscale_delay_s,
+        look_back_period_s=LOOK_BACK_S,
+        policy=AutoscalingPolicy(policy_function=num_workers),
+    )
+    return {"autoscaling_config": config}
 
 
 def deploy(settings: Settings) -> str:

@@ -2,18 +2,30 @@
 
 A gateway attaches under a fresh name, reads one stream of bundles, and submits and cancels by short calls.
 ``renew`` acknowledges what it has read: beyond ``window`` bundles in flight nothing more is sent and events
-merge. A gateway that stays silent for ``lease_s`` is dead: whatever it owned is cancelled. No Ray here."""
+merge. A gateway that stays silent for ``lease_s`` is dead: whatever it owned is cancelled. Who is about to
+stop the host drains it first: nothing new is taken, and what runs is finished and read. No Ray here."""
 
 import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from attribution.errors import Unavailable
-from serve_apps.engine.engine import Engine
 from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest
 from serve_apps.outbox import Outbox
+
+
+class Steps(Protocol):
+    """What a host drives: our ``Engine``, or ``VllmEngine``."""
+
+    def submit(self, request: EngineRequest) -> None: ...
+    def cancel(self, request_id: bytes) -> None: ...
+    def wait_for_work(self, timeout_s: float) -> None: ...
+    def step(self) -> Bundle: ...
+    def load(self) -> EngineLoad: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +44,17 @@ class _Owner:
     request_ids: set[bytes] = field(default_factory=set)
     may_send: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def has_read_all(self) -> bool:
+        """Nothing of it runs, and the gateway has said that it read the last event."""
+        return not self.request_ids and self.outbox.is_empty and self.num_read >= self.num_sent
+
 
 class EngineHost:
     """All methods but the engine's loop run on one event loop."""
 
     def __init__(
-        self, engine: Engine, config: HostConfig | None = None, clock: Callable[[], float] = time.monotonic
+        self, engine: Steps, config: HostConfig | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._engine = engine
         self._config = config or HostConfig()
@@ -45,13 +62,17 @@ class EngineHost:
         self._lock = threading.Lock()  # over _owners and their request_ids
         self._owners: dict[str, _Owner] = {}
         self._is_stopped = False
+        self._is_draining = False
         self._death: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
     async def submit(self, request: EngineRequest) -> None:
-        """Raises: what ``Engine.submit`` raises, and Unavailable from or for an owner without a stream."""
+        """Raises: what ``Engine.submit`` raises, and Unavailable from or for an owner without a stream, and
+        ``draining``."""
         self.check_health()
+        if self._is_draining:
+            raise Unavailable("draining", "this worker is about to stop")
         with self._lock:
             owner = self._owners.get(request.owner)
             if owner is None:
@@ -84,7 +105,7 @@ class EngineHost:
             raise Unavailable("not_attached", f"gateway {owner} was given up")
         found.seen_at, found.num_read = self._clock(), num_read
         found.may_send.set()
-        return self._engine.load()
+        return self.engine_load()
 
     async def stream(self, owner: str) -> AsyncIterator[Bundle]:
         """Attach. The one stream of this owner; closing it cancels all that the owner has here.
@@ -96,11 +117,11 @@ class EngineHost:
             assert owner not in self._owners, f"{owner} is attached"
             this = self._owners[owner] = _Owner(Outbox(loop), loop, self._clock())
         try:
-            yield Bundle(0, (), self._engine.load())
-            this.num_sent += 1
+            this.num_sent = 1
+            yield Bundle(0, (), self.engine_load())
             while events := await this.outbox.take():
-                yield Bundle(this.num_sent, events, self._engine.load())
                 this.num_sent += 1
+                yield Bundle(this.num_sent - 1, events, self.engine_load())
                 while this.num_sent - this.num_read > self._config.window and owner in self._owners:
                     this.may_send.clear()
                     await this.may_send.wait()
@@ -108,8 +129,18 @@ class EngineHost:
             self._detach(owner)
         self.check_health()
 
+    async def drain(self) -> None:
+        """Refuse what is new, and return when every gateway has read the last event of what was running."""
+        self._is_draining = True
+        while not self._is_drained():
+            await asyncio.sleep(0.1)
+
+    def _is_drained(self) -> bool:
+        with self._lock:
+            return all(owner.has_read_all for owner in self._owners.values())
+
     def engine_load(self) -> EngineLoad:
-        return self._engine.load()
+        return replace(self._engine.load(), is_draining=self._is_draining)
 
     def check_health(self) -> None:
         """Raises: Unavailable when the engine's thread has died."""

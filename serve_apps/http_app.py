@@ -66,13 +66,14 @@ def _report(task: "asyncio.Future[None]") -> None:
 
 
 async def healthz(shared: Shared) -> JSONResponse:
-    """200 while the database answers and a worker is attached; the body says which is missing."""
+    """200 while the database answers and a worker that takes requests is attached; the body says which is
+    missing."""
     try:
         await shared.read(lambda session: session.execute(text("SELECT 1")).one())
         is_database_up = True
     except Unavailable:
         is_database_up = False
-    num_workers = len(shared.pool.loads)
+    num_workers = sum(not load.is_draining for load in shared.pool.loads.values())
     is_well = is_database_up and num_workers > 0
     body = {
         "status": "ok" if is_well else "unavailable",
@@ -90,6 +91,7 @@ async def metrics(shared: Shared) -> Response:
             f"openledger_engine_running{label} {load.num_running}",
             f"openledger_engine_waiting{label} {load.num_waiting}",
             f"openledger_engine_free_blocks{label} {load.num_free_blocks}",
+            f"openledger_engine_draining{label} {int(load.is_draining)}",
             f"openledger_engine_adapters{label} {len(load.resident_adapters)}",
             f"openledger_engine_prefilled_tokens{label} {load.num_prefilled}",
             f"openledger_engine_reused_tokens{label} {load.num_reused}",

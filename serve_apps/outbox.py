@@ -28,6 +28,11 @@ class Outbox:
             self._is_closed = True
         self._wake()
 
+    @property
+    def is_empty(self) -> bool:
+        with self._lock:
+            return not self._pending
+
     async def take(self) -> tuple[TokenEvent, ...]:
         """All that is pending, at least one event; empty once closed."""
         while True:

@@ -1,12 +1,15 @@
 """Ray shell of a worker: a Serve replica that keeps one engine, in an actor process of its own.
 
 Gateways ask the replica where its engine is and then speak to the engine directly: short calls to submit and
-cancel, one streaming call per gateway. Whoever dies takes what it owned along: the replica its engine, the
-engine its answers, a silent gateway its requests. Serve restarts a replica whose engine is gone."""
+cancel, one streaming call per gateway. A replica that Serve stops lets its engine finish first. Whoever
+dies takes what it owned along: the replica its engine, the engine its answers, a silent gateway its requests.
+Serve restarts a replica whose engine is gone."""
 
 import os
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import asdict
 
 import ray
 import torch
@@ -16,11 +19,14 @@ from ray.exceptions import RayError, RayTaskError
 from attribution.errors import Refusal, Unavailable
 from cluster.config import EngineSettings, Settings
 from cluster.models import base_model, native_dtype
-from cluster.storage import open_storage
+from cluster.storage import Storage, open_storage
+from serve_apps.autoscaling import pressure_of
 from serve_apps.engine.adapter_cache import CacheLimits
+from serve_apps.engine.engine import Engine
 from serve_apps.engine.loading import EngineConfig, build_engine
 from serve_apps.engine.scheduler import Limits
 from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest
+from serve_apps.engine.vllm_engine import VllmConfig, VllmEngine, build_vllm_engine
 from serve_apps.engine_host import EngineHost
 
 NAMESPACE = "openledger"
@@ -40,7 +46,7 @@ class EngineActor:
         storage = open_storage(
             settings.storage_url, s3_endpoint=settings.s3_endpoint, cache_dir=settings.home / "cache"
         )
-        self._host = EngineHost(build_engine(base_model(settings), storage, engine_config(settings.engine)))
+        self._host = EngineHost(_engine(settings, storage))
 
     async def submit(self, request: EngineRequest) -> None:
         await self._host.submit(request)
@@ -55,6 +61,12 @@ class EngineActor:
         async for bundle in self._host.stream(owner):
             yield bundle
 
+    async def load(self) -> EngineLoad:
+        return self._host.engine_load()
+
+    async def drain(self) -> None:
+        await self._host.drain()
+
     async def check_health(self) -> int:
         """The engine's process id, if its thread is alive."""
         self._host.check_health()
@@ -66,9 +78,12 @@ class Worker:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         self._worker_id = uuid.uuid4().hex[:12]
+        self._max_running = settings.engine.max_running
         # Threads that sleep while they wait. Measured with two at load 4 on two cores, batch 32, SmolLM2-135M
         # in fp32: 12 tok/s spinning, 54 sleeping (tests/bench/serving/engine_speed.py).
         environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+        if settings.engine.backend == "vllm":  # it would bind threads to cores of its own choice
+            environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
         actor = ray.remote(EngineActor).options(
             name=engine_name(self._worker_id),
             namespace=NAMESPACE,
@@ -86,8 +101,16 @@ class Worker:
     async def check_health(self) -> None:
         await self._engine.check_health.remote()
 
-    def __del__(self) -> None:
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve collects for ``app.num_workers``."""
+        return asdict(pressure_of(await self._engine.load.remote(), self._max_running))
+
+    async def __del__(self) -> None:
+        """Serve awaits this before it ends the replica, for ``engine.drain_timeout_s`` at most: answers go
+        from the engine straight to the gateways, so Serve knows nothing of those that still run."""
         if hasattr(self, "_engine"):
+            with suppress(RayError):  # it is gone already
+                await self._engine.drain.remote()
             ray.kill(self._engine)
 
 
@@ -118,6 +141,20 @@ class ActorDoor:
                 yield await reference
         except RayError as error:
             raise _refusal(error) from error
+
+
+def _engine(settings: Settings, storage: Storage) -> Engine | VllmEngine:
+    base, config = base_model(settings), engine_config(settings.engine)
+    if settings.engine.backend == "openlora":
+        return build_engine(base, storage, config)
+    vllm = VllmConfig(
+        dtype=str(config.dtype).removeprefix("torch."),
+        kv_bytes=config.kv_bytes,
+        limits=config.limits,
+        max_adapters=settings.engine.vllm_max_adapters,
+        max_rank=settings.engine.vllm_max_rank,
+    )
+    return build_vllm_engine(base, storage, settings.home / "cache" / "peft", vllm)
 
 
 def engine_config(settings: EngineSettings) -> EngineConfig:

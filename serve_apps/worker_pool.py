@@ -1,7 +1,8 @@
 """The gateway's side of the bundle protocol: one stream per worker, one mailbox per request.
 
-A worker is reached through a ``Door``; the pool spreads requests over the doors it knows, hands each event to
-the request it belongs to, and turns the death of a worker into a clear refusal for those it was serving."""
+A worker is reached through a ``Door``; the pool places each request (``placement.py``), offers it to the
+next worker where one has no room or drains, hands each event to the request it belongs to, and turns the
+death of a worker into a clear refusal for those it was serving."""
 
 import asyncio
 import contextlib
@@ -14,6 +15,7 @@ from typing import Protocol
 from attribution.errors import Refusal, Unavailable
 from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest, TokenEvent
 from serve_apps.outbox import Outbox
+from serve_apps.placement import Candidate, Placement
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,11 @@ class _Link:
     mailboxes: dict[bytes, Outbox] = field(default_factory=dict)
     task: "asyncio.Task[None] | None" = None
 
+    def candidate(self, load: EngineLoad) -> Candidate:
+        """What we sent counts at once, what others sent with the worker's next word."""
+        busy = max(len(self.mailboxes), load.num_running + load.num_waiting)
+        return Candidate(self.worker_id, busy, load.is_full, load.is_draining)
+
 
 class WorkerPool:
     """Lives on the gateway's event loop."""
@@ -47,6 +54,7 @@ class WorkerPool:
         self._gateway_id = gateway_id
         self._renew_every_s = renew_every_s
         self._links: dict[str, _Link] = {}
+        self._placement = Placement()
 
     @property
     def loads(self) -> dict[str, EngineLoad]:
@@ -76,11 +84,9 @@ class WorkerPool:
             Unavailable: no worker is there, or the one that served this request is gone.
             Refusal: what the engine refused it with.
         """
-        link = self._choose(request.adapter_id)
-        mailbox = link.mailboxes[request.request_id] = Outbox(asyncio.get_running_loop())
+        link, mailbox = await self._submit(request)
         is_over = False
         try:
-            await link.door.submit(replace(request, owner=link.owner))
             while events := await mailbox.take():
                 event = events[0]
                 is_over = event.finish is not None
@@ -96,18 +102,33 @@ class WorkerPool:
             if not is_over:
                 await _ignore_unavailable(link.door.cancel(link.owner, request.request_id))
 
-    def _choose(self, adapter_id: bytes) -> _Link:
-        """The worker with the fewest requests of ours and others'; among equals one that has the adapter."""
-        ready = [link for link in self._links.values() if link.load is not None]
-        if not ready:
-            raise Unavailable("no_worker", "no worker is ready", retry_after_s=2.0)
+    async def _submit(self, request: EngineRequest) -> tuple[_Link, Outbox]:
+        """Offer a request to one worker after the other until one takes it.
 
-        def cost(link: _Link) -> tuple[int, bool, str]:
-            assert link.load is not None
-            busy = max(len(link.mailboxes), link.load.num_running + link.load.num_waiting)
-            return busy, adapter_id not in link.load.resident_adapters, link.worker_id
+        A worker that is lost over it ends the search: what killed it might kill the next.
+        """
+        refusal = Unavailable("no_worker", "no worker is ready", retry_after_s=2.0)
+        for worker_id in self._placement.place(request.adapter_id, self._candidates()):
+            link = self._links.get(worker_id)
+            if link is None:  # lost while others were asked
+                continue
+            mailbox = link.mailboxes[request.request_id] = Outbox(asyncio.get_running_loop())
+            try:
+                await link.door.submit(replace(request, owner=link.owner))
+                return link, mailbox
+            except Unavailable as refused:
+                del link.mailboxes[request.request_id]
+                if refused.code == "worker_lost":
+                    raise
+                refusal = refused
+            except BaseException:  # refused for good, or nobody waits any more: it may have been taken
+                del link.mailboxes[request.request_id]
+                await _ignore_unavailable(link.door.cancel(link.owner, request.request_id))
+                raise
+        raise refusal
 
-        return min(ready, key=cost)
+    def _candidates(self) -> list[Candidate]:
+        return [link.candidate(link.load) for link in self._links.values() if link.load is not None]
 
     async def _serve(self, link: _Link) -> None:
         """Read a worker's stream until it ends, however it ends."""

@@ -14,6 +14,7 @@ MODULES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py
 ADDRESSES = {
     "deepspeed": ("pipelines/finetune_worker.py",),
     "web3": ("chain/rollup.py",),
+    "vllm": ("serve_apps/engine/vllm_engine.py",),
     "llguidance": ("serve_apps/engine/grammar.py",),
     "torch": ("attribution/", "cluster/models.py", "cluster/adapters.py", "pipelines/", "serve_apps/"),
     "ray": ("cluster/", "pipelines/", "serve_apps/", "chain/settler_actor.py"),

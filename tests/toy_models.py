@@ -17,16 +17,16 @@ CHAT_TEMPLATE = (
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def tiny_base(folder: Path, seed: int = 0) -> Path:
-    """A random llama (4 blocks, 64 wide, fp32 on disk) with a tokenizer of single bytes and a chat
-    template."""
+def tiny_base(folder: Path, seed: int = 0, width: int = 64) -> Path:
+    """A random llama (4 blocks, fp32 on disk) with a tokenizer of single bytes and a chat template; a wide
+    one is slow."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *alphabet))}
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -151,6 +151,7 @@ class Engine:
             resident_adapters=self._adapters.resident,
             num_prefilled=self._scheduler.num_prefilled,
             num_reused=self._scheduler.num_reused,
+            max_waiting=self._scheduler.limits.max_waiting,
         )
 
     def step(self) -> Bundle:

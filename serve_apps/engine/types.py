@@ -149,7 +149,7 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """How busy an engine is, for routing and metrics."""
+    """How busy an engine is, for placement, autoscaling and metrics."""
 
     num_running: int
     num_waiting: int
@@ -158,6 +158,23 @@ class EngineLoad:
     resident_adapters: tuple[bytes, ...]
     num_prefilled: int = 0  # tokens of prompts computed so far,
     num_reused: int = 0  # and found in the cache instead
+    max_waiting: int = 0  # 0: unlimited
+    is_draining: bool = False  # finishes what it has and takes nothing more
+
+    @property
+    def queue_share(self) -> float:
+        """How much of the queue is taken."""
+        return self.num_waiting / self.max_waiting if self.max_waiting else 0.0
+
+    @property
+    def kv_share(self) -> float:
+        """How much of the blocks for keys and values is in use."""
+        return 1 - self.num_free_blocks / self.num_blocks
+
+    @property
+    def is_full(self) -> bool:
+        """Whether one more request would be refused, or push another one out."""
+        return self.queue_share >= 1 or self.kv_share > 0.95
 
 
 @dataclass(frozen=True, slots=True)
