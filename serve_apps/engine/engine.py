@@ -151,6 +151,7 @@ class Engine:
             resident_adapters=self._adapters.resident,
             num_prefilled=self._scheduler.num_prefilled,
             num_reused=self._scheduler.num_reused,
+            num_leases=self._adapters.num_leases,
         )
 
     def step(self) -> Bundle:
