@@ -1,4 +1,4 @@
-"""The load tests of ``tests/bench/serving``, shortened: nothing is left, lost or doubled, nobody disturbed."""
+"""The load tests of ``tests/bench/serving``, shortened: nothing is left, lost or doubled, nobody hurt."""
 
 from collections.abc import Iterator
 
