@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--home", type=Path, default=Path(".openledger"), help="where the base model is")
     parser.add_argument("--vllm", type=Path, default=Path(".openledger/vllm"))
+    parser.add_argument("--vllm-share", type=int, default=1, help="ask it only a 4th, say, of each workload")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--limit-s", type=float, default=120)
@@ -47,7 +48,9 @@ def main() -> None:
         if {"vllm", "transformers"} & {*given.only}:
             model = peer_rows.model(base, rows.found["machine"]["peer_dtype"], Path(folder))
             if "vllm" in given.only:
-                peer_rows.measure_vllm(rows, plan, model, given.vllm, Path(folder) / "vllm.log")
+                peer_rows.measure_vllm(
+                    rows, plan, model, given.vllm_share, given.vllm, Path(folder) / "vllm.log"
+                )
             if "transformers" in given.only:
                 peer_rows.measure_transformers(rows, plan, model)
     if "bare" in given.only:

@@ -1,8 +1,9 @@
 """What this machine could do at best with a workload: the roofline by which every row is judged.
 
-A prompt token costs two operations a weight at the rate at which torch multiplies matrices here; a decode
-step costs its operations at that rate and, not overlapped, its bytes (keys and values, the adapters in use)
-at the rate at which memory is read. Both rates are measured in the run, in the engine's own type."""
+A prompt token costs two operations a weight at the rate at which torch multiplies matrices here, and a shared
+prefix is computed once for each adapter. A decode step costs its operations at that rate and, not overlapped,
+its bytes (keys and values, the adapters in use) at the rate at which memory is read. Both rates are measured
+in the run, in the engine's own type."""
 
 import time
 from collections.abc import Callable
@@ -36,11 +37,12 @@ def ceiling(
     head = config.vocab_size * config.hidden_size
     is_adapted = work.num_adapters > 0
     lora = is_adapted * sum(d_out + d_in for d_out, d_in in shapes.values()) * sum(RANKS) / len(RANKS)
-    num, prompt = work.num_requests, work.shared_prefix + work.prompt_tokens
+    num = work.num_requests
+    num_prefilled = num * work.prompt_tokens + max(1, work.num_adapters) * work.shared_prefix
     head_dim = config.hidden_size // config.num_attention_heads
     kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize
-    past = prompt + work.max_tokens / 2
-    prefill_s = 2 * num * (prompt * (body + lora) + head) / of.multiply
+    past = work.shared_prefix + work.prompt_tokens + work.max_tokens / 2
+    prefill_s = 2 * (num_prefilled * (body + lora) + num * head) / of.multiply
     compute_s = 2 * num * (body + head + lora) / of.multiply
     memory_s = (2 * work.num_adapters * lora + num * past * kv_bytes) / of.read
     decode_s = (work.max_tokens - 1) * (compute_s + memory_s)

@@ -19,7 +19,7 @@ from tests.bench.serving.http_client import Server
 from tests.bench.serving.peers import vllm_peer
 from tests.bench.serving.peers.peft_files import write_adapters
 from tests.bench.serving.rows import Plan, Row, Rows
-from tests.bench.serving.workloads import RANKS, W1, W2, W4, Ask, Workload, asks
+from tests.bench.serving.workloads import RANKS, W1, W2, W4, Ask, Workload, asks, part
 
 NUM_COLD = 5
 
@@ -41,9 +41,10 @@ def model(base: BaseModel, dtype: str, folder: Path) -> Model:
     return Model(base.path, dtype, paths[:num], paths[num + 1 :: len(RANKS)])
 
 
-def measure_vllm(rows: Rows, plan: Plan, of: Model, venv: Path, log: Path) -> None:
+def measure_vllm(rows: Rows, plan: Plan, of: Model, share: int, venv: Path, log: Path) -> None:
     """With adapters, and without: the option alone costs it a third of its speed (measured with AVX-512).
 
+    It is asked a ``share``-th of each workload: without bf16 it takes minutes over the prompts of W1 alone.
     Where it cannot run, the row ``vllm`` says why, in its own words."""
     try:
         names = ["vllm/w1", "vllm/w4", "vllm/w2_lora_on", "vllm/cold"]
@@ -51,12 +52,12 @@ def measure_vllm(rows: Rows, plan: Plan, of: Model, venv: Path, log: Path) -> No
             with vllm_peer.serving(venv, of.path, of.dtype, of.adapters, log) as (server, process):
                 http_client.warm_up(server, W1)
                 for name, work in zip(names, (W1, W4, W2), strict=False):
-                    _measure_vllm(rows, plan, name, work, server, process)
+                    _measure_vllm(rows, plan, name, part(work, share), server, process)
                 rows.measure("vllm/cold", lambda: _vllm_cold(server, of.cold))
         if rows.missing(["vllm/w2"]) and "vllm" not in rows.found:
             with vllm_peer.serving(venv, of.path, of.dtype, [], log) as (server, process):
                 http_client.warm_up(server, W2)
-                _measure_vllm(rows, plan, "vllm/w2", W2, server, process)
+                _measure_vllm(rows, plan, "vllm/w2", part(W2, share), server, process)
     except vllm_peer.NotHere as error:
         words = str(error)
         rows.measure("vllm", lambda: {"error": words, "preloaded": vllm_peer.preloaded(venv)})

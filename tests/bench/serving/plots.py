@@ -65,7 +65,7 @@ def _plot_adapters(found: Found, figure: Figure, path: Path) -> None:
     axes.axhline(1, color="#b8b8b8", linewidth=1, zorder=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(active, [str(num) for num in active])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1)
     axes.set_xlabel("active adapters, of 10,000 registered")
     axes.set_ylabel("speed, W1 = 1")
     figure.savefig(path)

@@ -8,7 +8,7 @@ Prompts are random tokens, new ones in every turn: nothing but W4's prefix is ev
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +31,11 @@ class Workload:
 W1, W2, W4 = Workload("w1", 16), Workload("w2", 0), Workload("w4", 16, shared_prefix=256)
 SWEEP = tuple(Workload(f"sweep_{num}", num, max(AT_ONCE, num)) for num in (16, 32, 64, 128, 256))
 WORKLOADS = {work.name: work for work in (W1, W2, W4, *SWEEP)}
+
+
+def part(work: Workload, share: int) -> Workload:
+    """A ``share``-th of the requests over as small a part of the adapters: as many requests of each."""
+    return replace(work, num_requests=work.num_requests // share, num_adapters=work.num_adapters // share)
 
 
 @dataclass(frozen=True, slots=True)
