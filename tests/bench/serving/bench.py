@@ -14,6 +14,7 @@ vLLM is installed into ``--vllm`` on first use (several minutes); where it does 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=120)
     parser.add_argument("--only", nargs="*", default=GROUPS, choices=GROUPS)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and so is all that was started
     settings, plan = Settings(home=given.home), Plan(given.repeat, given.limit_s)
     base, rows = base_model(settings), Rows(given.out / "serving.json", given.fresh)
     rows.measure("machine", lambda: machine(base))
