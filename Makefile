@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup check format types contracts test test-slow demo demo-fresh audit bench-serving bench-gateway clean
+.PHONY: help setup check format types contracts test test-slow demo demo-fresh audit bench-serving bench-gateway soak clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -45,8 +45,12 @@ demo-fresh: $(READY)  ## the demo with everything but the set-up redone
 audit: $(READY)  ## recompute from the chain what everybody was charged and paid
 	$(BIN)/openledger audit --provenance
 
-bench-serving: $(READY)  ## our HTTP door under load, against what this machine could do at best
-	$(BIN)/python -m tests.bench.serving.door --out tests/bench/serving/door.json
+bench-serving: $(READY)  ## peers and our HTTP door under load, against what this machine could do at best
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m tests.bench.serving.bench --out tests/bench/serving/results $(BENCH)
+
+soak: $(READY)  ## half an hour of load, cancels, bad adapters and kills, and then the books; MINUTES=30
+	$(BIN)/python -m tests.bench.serving.soak --minutes $(or $(MINUTES),30)
 
 bench-gateway: $(READY)  ## what the gateway costs where nothing is generated
 	$(BIN)/python -m tests.bench.serving.gateway --out tests/bench/serving/gateway.json

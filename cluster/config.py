@@ -125,6 +125,9 @@ class EngineSettings(Values):
     max_waiting: int = 64
     max_context_tokens: int = 2_048
     max_completion_tokens: int = 512
+    reuses_prefixes: bool = (
+        True  # a prompt's beginning that this tenant's requests had before is not computed
+    )
 
 
 class Settings(BaseSettings):

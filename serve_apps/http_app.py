@@ -92,7 +92,9 @@ async def metrics(shared: Shared) -> Response:
             f"openledger_engine_waiting{label} {load.num_waiting}",
             f"openledger_engine_free_blocks{label} {load.num_free_blocks}",
             f"openledger_engine_draining{label} {int(load.is_draining)}",
+            f"openledger_engine_blocks{label} {load.num_blocks}",
             f"openledger_engine_adapters{label} {len(load.resident_adapters)}",
+            f"openledger_engine_leases{label} {load.num_leases}",
             f"openledger_engine_prefilled_tokens{label} {load.num_prefilled}",
             f"openledger_engine_reused_tokens{label} {load.num_reused}",
         ]
@@ -101,7 +103,8 @@ async def metrics(shared: Shared) -> Response:
 
 
 class _Guard:
-    """Refuses a body that is too large, announced or not, and counts every answer by route and status."""
+    """Refuses a body that is too large, announced or not, or too slow: it would hold one of the places that a
+    gateway has. Counts every answer by route and status."""
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
@@ -111,12 +114,19 @@ class _Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limits, size = self._services.limits, 0
+        limits, size, is_whole = self._services.limits, 0, False
+        deadline = asyncio.get_running_loop().time() + limits.body_within_s
         most = limits.max_shard_bytes if scope["path"].startswith("/datanets/") else limits.max_body_bytes
 
         async def bounded() -> Message:
-            nonlocal size
-            message = await receive()
+            nonlocal size, is_whole
+            try:
+                async with asyncio.timeout_at(None if is_whole else deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                late = f"the body was not there after {limits.body_within_s:g} s"
+                raise HTTPException(408, late) from error
+            is_whole = not message.get("more_body", False)
             size += len(message.get("body", b""))
             if size > most:
                 raise HTTPException(413, f"the body has more than {most} bytes")

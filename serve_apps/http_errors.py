@@ -20,7 +20,7 @@ _TYPES = {
     429: "rate_limit_error",
 }
 _NO_FIELDS = ("body", "str", "int", "float", "NamedTool")  # the branches of unions; lists have a bracket
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 408: "body_too_slow", 413: "body_too_large"}
 
 
 def status_of(refusal: Refusal) -> int:

@@ -33,6 +33,7 @@ class Limits:
     max_context_tokens: int
     max_completion_tokens: int
     max_body_bytes: int = 2**20
+    body_within_s: float = 30.0
     max_shard_bytes: int = 64 * 2**20
 
 

@@ -175,6 +175,7 @@ def engine_config(settings: EngineSettings) -> EngineConfig:
             max_running=settings.max_running,
             max_waiting=settings.max_waiting,
             max_length=settings.max_context_tokens,
+            reuses_prefixes=settings.reuses_prefixes,
         ),
         adapters=CacheLimits(
             budget_bytes=settings.adapter_bytes, max_adapter_bytes=settings.adapter_bytes // 4

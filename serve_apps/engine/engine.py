@@ -152,6 +152,7 @@ class Engine:
             num_prefilled=self._scheduler.num_prefilled,
             num_reused=self._scheduler.num_reused,
             max_waiting=self._scheduler.limits.max_waiting,
+            num_leases=self._adapters.num_leases,
         )
 
     def step(self) -> Bundle:

@@ -158,6 +158,7 @@ class EngineLoad:
     resident_adapters: tuple[bytes, ...]
     num_prefilled: int = 0  # tokens of prompts computed so far,
     num_reused: int = 0  # and found in the cache instead
+    num_leases: int = 0  # of adapters: one for every request that waits for or uses one
     max_waiting: int = 0  # 0: unlimited
     is_draining: bool = False  # finishes what it has and takes nothing more
 

@@ -1,7 +1,10 @@
 """The HTTP door as the official client sees it: answers, prices, refusals."""
 
+import asyncio
 import json
 import threading
+from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import httpx
 import openai
@@ -14,6 +17,7 @@ from attribution.types import Receipt
 from cluster.database import reading
 from cluster.tables import AccountRow, ReceiptRow, TranscriptRow
 from cluster.transcripts import key_path, load_key, open_sealed
+from serve_apps.http_app import build_app
 from tests.cluster.money import assert_money_adds_up
 from tests.serve_apps.conftest import Gateway
 
@@ -219,6 +223,23 @@ def test_broken_bodies_and_unknown_routes_are_clear_too(gateway: Gateway) -> Non
     problem = http.get("/nothing")
     assert problem.headers["content-type"] == "application/problem+json"
     assert (problem.status_code, problem.json()["code"]) == (404, "not_found")
+
+
+def test_a_body_that_stops_in_the_middle_is_refused(gateway: Gateway) -> None:
+    """Else whoever sends half of one holds a place of the gateway for as long as it likes."""
+    limits = replace(gateway.services.limits, body_within_s=0.2)
+    app = build_app(replace(gateway.services, limits=limits))
+
+    async def half() -> AsyncIterator[bytes]:
+        yield b'{"model": "toy/a1", '
+        await asyncio.sleep(60)
+
+    async def send() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as http:
+            return await http.post("/v1/completions", content=half())
+
+    reply = asyncio.run(send())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (408, "body_too_slow")
 
 
 def test_without_credit_there_is_no_answer(gateway: Gateway) -> None:
