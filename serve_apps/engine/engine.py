@@ -15,7 +15,7 @@ from attribution.errors import Corrupted, Refusal, Rejected
 from attribution.types import ZERO_ID
 from cluster.adapters import Factors
 from serve_apps.engine.adapter_cache import AdapterCache
-from serve_apps.engine.families import Shape
+from serve_apps.engine.decoder import Shape
 from serve_apps.engine.grammar import Constrain, Constraint
 from serve_apps.engine.sampling import logprob_of, sample
 from serve_apps.engine.scheduler import Row, Scheduler, StepPlan

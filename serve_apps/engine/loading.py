@@ -1,7 +1,7 @@
 """From files to an engine: the base model taken apart, adapters fused as they arrive."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,8 +11,9 @@ from cluster import adapters as adapter_files
 from cluster.models import BaseModel, linear_shapes, load_base, load_tokenizer
 from cluster.storage import Storage
 from serve_apps.engine.adapter_cache import AdapterCache, CacheLimits, Loaded
+from serve_apps.engine.decoder import Decoder
 from serve_apps.engine.engine import Engine, FittedAdapter, Runner
-from serve_apps.engine.families import Decoder, fuse_decoder
+from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.grammar import Grammars
 from serve_apps.engine.kv_cache import BlockPool
 from serve_apps.engine.model_runner import ModelRunner
@@ -37,9 +38,10 @@ class EngineConfig:
 
 def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Engine:
     """An engine for ``base`` that finds adapters in ``storage`` by id."""
-    model = load_base(base.path, config.dtype).to(config.device)
+    # Its weights alone are wanted: every family has eager attention, not every one another.
+    model = load_base(base.path, config.dtype, attention="eager").to(config.device)
     eos = model.generation_config.eos_token_id
-    decoder = fuse_decoder(model)
+    decoder = fuse_decoder(model, config.limits.max_length)
     del model
     runner = _runner(decoder, config)
     load = adapter_loader(storage, base.base_id, linear_shapes(base.path), runner.fit)
@@ -47,7 +49,10 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return Engine(
         runner,
-        Scheduler(config.limits, BlockPool(runner.num_blocks, config.block_size)),
+        Scheduler(
+            replace(config.limits, max_length=decoder.shape.max_length),
+            BlockPool(runner.num_blocks, config.block_size),
+        ),
         AdapterCache(load, config.adapters),
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
         constrain=Grammars(tokenizer, decoder.shape.vocabulary, eos_ids).constraint,

@@ -14,7 +14,18 @@ from torch import Tensor
 
 from attribution.types import ZERO_ID
 from cluster import adapters as adapter_files
-from serve_apps.engine.families import Decoder, Shape, part_sizes
+from serve_apps.engine.attention import (
+    Chunk,
+    Singles,
+    View,
+    attend_chunk,
+    attend_singles,
+    chunk_mask,
+    gather,
+    hidden_keys,
+    rotate,
+)
+from serve_apps.engine.decoder import ACTIVATIONS, Attention, Decoder, Norm, Shape, part_sizes
 from serve_apps.engine.kv_cache import NULL_BLOCK, slots
 from serve_apps.engine.lora import (
     Factors,
@@ -34,29 +45,17 @@ STACK_ADAPTERS = range(4, 17)
 
 
 @dataclass(frozen=True, slots=True)
-class _Chunk:
-    """A row of several tokens: its place in the step and its keys in the cache."""
-
-    tokens: slice
-    start: int
-    end: int
-    blocks: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class _Step:
-    """The plan as tensors. Rows of one token come first: ``num_single`` of them, their tables padded with the
-    null block to ``[num_single, most]``."""
+    """The plan as tensors. Rows of one token come first, ``num_single`` of them."""
 
     token_ids: Tensor
-    cos: Tensor  # [tokens, 1, head_dim]
-    sin: Tensor
+    positions: Tensor
     slots: Tensor
     sampled: Tensor
     num_single: int
-    tables: Tensor
-    is_beyond: Tensor  # [num_single, 1, most * block_size]: keys that are not the row's
-    chunks: tuple[_Chunk, ...]
+    singles: Singles
+    chunks: tuple[Chunk, ...]
+    views: Mapping[Attention, View]
     segments: tuple[Segment, ...]
     stacked: StackedRows | None
 
@@ -70,7 +69,7 @@ class ModelRunner:
     block_size: int
     _keys: Tensor = field(init=False)  # [layers, kv_heads, num_blocks, block_size, head_dim]
     _values: Tensor = field(init=False)
-    _rotary: tuple[Tensor, Tensor] = field(init=False)
+    _rotary: Mapping[Attention, tuple[Tensor, Tensor] | None] = field(init=False)
     _stack: tuple[tuple[bytes, ...], Stack] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -78,12 +77,8 @@ class ModelRunner:
         size = (shape.num_layers, shape.num_kv_heads, self.num_blocks, self.block_size, shape.head_dim)
         self._keys = torch.zeros(size, dtype=model.dtype, device=model.device)
         self._values = torch.zeros_like(self._keys)
-        angles = torch.outer(torch.arange(shape.max_length, device=model.device).float(), model.inv_freq)
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        self._rotary = (
-            (angles.cos() * model.rope_scale).to(model.dtype),
-            (angles.sin() * model.rope_scale).to(model.dtype),
-        )
+        kinds = dict.fromkeys(layer.attention for layer in model.layers)
+        self._rotary = {attention: _rotary_tables(attention, model) for attention in kinds}
 
     @staticmethod
     def block_bytes(model: Decoder, block_size: int) -> int:
@@ -97,14 +92,12 @@ class ModelRunner:
     def fit(self, factors: Mapping[str, adapter_files.Factors]) -> LoraWeights:
         """Factors per module (``a [rank, d_in]``, ``b [d_out, rank]``) as this runner wants them: per fused
         projection, transposed, in the model's own type and place."""
-        sizes = part_sizes(self.model)
         layers = []
         for index in range(self.shape.num_layers):
-            prefix = self.model.family.layer.format(i=index)
             layer = {}
-            for name, parts in self.model.family.projections.items():
-                given = [self._turned(factors.get(prefix + part)) for part in parts]
-                fused = fuse(list(zip(given, sizes[name], strict=True)))
+            for name, sizes in part_sizes(self.model).items():
+                given = [self._turned(part) for part in self.model.part_factors(factors, index, name)]
+                fused = fuse(list(zip(given, sizes, strict=True)))
                 if fused is not None:
                     layer[name] = fused
             layers.append(layer)
@@ -125,25 +118,44 @@ class ModelRunner:
         """
         self._clear([block for row in plan.rows for block in row.new_blocks])
         step = self._prepare(plan, adapters)
-        model = self.model
-        hidden = F.embedding(step.token_ids, model.embed)
-        for index, layer in enumerate(model.layers):
-            x = self._norm(hidden, layer.attn_norm)
-            hidden = hidden + self._project(self._attend(x, index, step), index, "o", step)
-            x = self._norm(hidden, layer.mlp_norm)
-            gate, up = self._project(x, index, "gate_up", step).chunk(2, dim=-1)
-            hidden = hidden + self._project(F.silu(gate) * up, index, "down", step)
-        return F.linear(self._norm(hidden[step.sampled], model.final_norm), model.head)
+        hidden = self._embed(step)
+        for index in range(self.shape.num_layers):
+            hidden = self._block(hidden, index, step)
+        return self._head(hidden[step.sampled])
 
     def _clear(self, blocks: list[int]) -> None:
         if blocks:
             self._keys[:, :, blocks] = 0
             self._values[:, :, blocks] = 0
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        x32 = x.float()
-        scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.model.shape.norm_eps)
-        return weight * scaled.to(x.dtype)
+    def _embed(self, step: _Step) -> Tensor:
+        model = self.model
+        hidden = F.embedding(step.token_ids, model.embed)
+        if model.embed_scale != 1:
+            hidden = hidden * model.embed_scale
+        if model.positions is not None:
+            hidden = hidden + model.positions[step.positions]
+        return _maybe_norm(hidden, model.embed_norm)
+
+    def _block(self, hidden: Tensor, index: int, step: _Step) -> Tensor:
+        layer = self.model.layers[index]
+        attended = self._attend(norm(hidden, layer.attn_norm), index, step)
+        after = hidden + _maybe_norm(attended, layer.attn_post_norm)
+        seen_by_mlp = hidden if self.model.is_parallel else after
+        inner = self._mlp(norm(seen_by_mlp, layer.mlp_norm), index, step)
+        return after + _maybe_norm(inner, layer.mlp_post_norm)
+
+    def _mlp(self, x: Tensor, index: int, step: _Step) -> Tensor:
+        activate = ACTIVATIONS[self.model.activation]
+        if "gate_up" in self.model.parts:
+            gate, up = self._project(x, index, "gate_up", step).chunk(2, dim=-1)
+            return self._project(activate(gate) * up, index, "down", step)
+        return self._project(activate(self._project(x, index, "up", step)), index, "down", step)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(norm(hidden, self.model.final_norm), self.model.head)
+        cap = self.model.head_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _project(self, x: Tensor, layer: int, name: str, step: _Step) -> Tensor:
         linear = self.model.layers[layer].projections[name]
@@ -153,40 +165,53 @@ class ModelRunner:
         add_lora_segments(out, x, step.segments, layer, name)
         return out
 
-    def _attend(self, x: Tensor, layer: int, step: _Step) -> Tensor:
-        shape = self.model.shape
+    def _attend(self, x: Tensor, index: int, step: _Step) -> Tensor:
+        shape, layer = self.model.shape, self.model.layers[index]
         heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        qkv = self._project(x, layer, "qkv", step).view(-1, heads + 2 * kv_heads, head_dim)
-        rotated = _rotate(qkv[:, : heads + kv_heads], step.cos, step.sin)
-        query, key, value = rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :]
-        keys, values = self._keys[layer], self._values[layer]
+        qkv = self._project(x, index, "qkv", step).view(-1, heads + 2 * kv_heads, head_dim)
+        value = qkv[:, heads + kv_heads :]
+        turned = qkv[:, : heads + kv_heads]
+        if layer.query_norm is not None and layer.key_norm is not None:
+            turned = torch.cat(
+                (norm(turned[:, :heads], layer.query_norm), norm(turned[:, heads:], layer.key_norm)), dim=1
+            )
+        view = step.views[layer.attention]
+        if view.cos is not None and view.sin is not None:
+            turned = rotate(turned, view.cos, view.sin)
+        query, key = turned[:, :heads], turned[:, heads:]
+        keys, values = self._keys[index], self._values[index]
         keys.view(kv_heads, -1, head_dim).index_copy_(1, step.slots, key.transpose(0, 1))
         values.view(kv_heads, -1, head_dim).index_copy_(1, step.slots, value.transpose(0, 1))
         out = torch.empty_like(query)
         if step.num_single:
-            out[: step.num_single] = _attend_single(query[: step.num_single], keys, values, step)
-        for chunk in step.chunks:
+            single = query[: step.num_single]
+            out[: step.num_single] = attend_singles(single, keys, values, step.singles, view)
+        for chunk, mask in zip(step.chunks, view.masks, strict=True):
             tokens = chunk.tokens
             if chunk.start == 0:
-                out[tokens] = _attend_causal(query[tokens], key[tokens], value[tokens], 0)
+                past, past_values = key[tokens], value[tokens]
             else:
-                past = _gather(keys, chunk.blocks)[:, : chunk.end].transpose(0, 1)
-                past_values = _gather(values, chunk.blocks)[:, : chunk.end].transpose(0, 1)
-                out[tokens] = _attend_causal(query[tokens], past, past_values, chunk.start)
-        return out.view(-1, heads * head_dim)
+                past, past_values = (
+                    gather(cache, chunk.blocks)[:, : chunk.end].transpose(0, 1) for cache in (keys, values)
+                )
+            out[tokens] = attend_chunk(query[tokens], past, past_values, mask, layer.attention)
+        return self._project(out.reshape(-1, heads * head_dim), index, "o", step)
 
     def _prepare(self, plan: StepPlan, adapters: Mapping[bytes, LoraWeights]) -> _Step:
         rows, num_single, device = plan.rows, plan.num_single, self.model.device
         ends = torch.tensor([0, *(len(row.token_ids) for row in rows)]).cumsum(0).tolist()
         positions = torch.tensor([t for row in rows for t in range(row.start, row.end)], device=device)
         places = [s for row in rows for s in slots(row.blocks, row.start, row.end, self.block_size)]
-        singles = [row for row in rows if len(row.token_ids) == 1]
-        tables, is_beyond = self._tables(singles)
+        singles = self._singles([row for row in rows if len(row.token_ids) == 1])
+        chunks = tuple(
+            Chunk(slice(ends[i], ends[i + 1]), row.start, row.end, torch.tensor(row.blocks, device=device))
+            for i, row in enumerate(rows)
+            if i >= num_single
+        )
         stacked, segments = self._adapters(rows, ends, adapters)
         return _Step(
             token_ids=torch.tensor([t for row in rows for t in row.token_ids], device=device),
-            cos=self._rotary[0][positions],
-            sin=self._rotary[1][positions],
+            positions=positions,
             slots=torch.tensor(places, device=device),
             sampled=torch.tensor(
                 [ends[i + 1] - 1 for i, row in enumerate(rows) if row.samples],
@@ -194,29 +219,38 @@ class ModelRunner:
                 device=device,
             ),
             num_single=num_single,
-            tables=tables,
-            is_beyond=is_beyond,
-            chunks=tuple(
-                _Chunk(
-                    slice(ends[i], ends[i + 1]), row.start, row.end, torch.tensor(row.blocks, device=device)
-                )
-                for i, row in enumerate(rows)
-                if i >= num_single
-            ),
+            singles=singles,
+            chunks=chunks,
+            views={each: self._view(each, positions, singles, chunks) for each in self._rotary},
             segments=segments,
             stacked=stacked,
         )
 
-    def _tables(self, singles: list[Row]) -> tuple[Tensor, Tensor]:
-        needed = [-(-row.end // self.block_size) for row in singles]
+    def _singles(self, rows: list[Row]) -> Singles:
+        needed = [-(-row.end // self.block_size) for row in rows]
         most = max(needed, default=0)
-        padded = [
-            [*row.blocks[:n], *[NULL_BLOCK] * (most - n)] for row, n in zip(singles, needed, strict=True)
-        ]
-        lengths = torch.tensor([row.end for row in singles], device=self.model.device)
-        places = torch.arange(most * self.block_size, device=self.model.device)
-        tables = torch.tensor(padded, dtype=torch.int64, device=self.model.device)
-        return tables, (places >= lengths.unsqueeze(1)).unsqueeze(1)
+        padded = [[*row.blocks[:n], *[NULL_BLOCK] * (most - n)] for row, n in zip(rows, needed, strict=True)]
+        return Singles(
+            tables=torch.tensor(padded, dtype=torch.int64, device=self.model.device).view(len(rows), most),
+            ends=torch.tensor([row.end for row in rows], dtype=torch.int64, device=self.model.device),
+        )
+
+    def _view(
+        self, attention: Attention, positions: Tensor, singles: Singles, chunks: tuple[Chunk, ...]
+    ) -> View:
+        rotary, bias = self._rotary[attention], attention.key_bias
+        if bias is not None:
+            num_keys = singles.tables.shape[1] * self.block_size
+            bias = F.pad(bias[:, :num_keys], (0, max(0, num_keys - bias.shape[1])))
+            bias = bias.unflatten(0, (self.shape.num_kv_heads, 1, -1))
+        return View(
+            attention=attention,
+            cos=None if rotary is None else rotary[0][positions],
+            sin=None if rotary is None else rotary[1][positions],
+            is_hidden=hidden_keys(attention, singles, self.block_size),
+            bias=bias,
+            masks=tuple(chunk_mask(attention, chunk) for chunk in chunks),
+        )
 
     def _adapters(
         self, rows: tuple[Row, ...], ends: list[int], adapters: Mapping[bytes, LoraWeights]
@@ -255,41 +289,25 @@ def _merge(segments: list[tuple[bytes, int, int]]) -> list[tuple[bytes, int, int
     return merged
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in the half-split layout of Hugging Face; ``x`` is ``[tokens, heads, head_dim]``."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def norm(x: Tensor, by: Norm) -> Tensor:
+    """Computed in fp32, whatever the model's type."""
+    x32 = x.float()
+    if by.bias is not None:
+        return F.layer_norm(x32, x.shape[-1:], by.weight.float(), by.bias.float(), by.eps).to(x.dtype)
+    scaled = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + by.eps)
+    return (by.weight * scaled.to(by.weight.dtype)).to(x.dtype)
 
 
-def _gather(cache: Tensor, blocks: Tensor) -> Tensor:
-    """Blocks of every head, in order: ``[kv_heads, len(blocks) * block_size, head_dim]``."""
-    kv_heads, num_blocks, block_size, head_dim = cache.shape
-    heads = torch.arange(kv_heads, device=blocks.device).unsqueeze(1) * num_blocks
-    flat = cache.view(kv_heads * num_blocks, block_size * head_dim)
-    return flat.index_select(0, (heads + blocks).flatten()).view(kv_heads, -1, head_dim)
+def _maybe_norm(x: Tensor, by: Norm | None) -> Tensor:
+    return x if by is None else norm(x, by)
 
 
-def _attend_single(query: Tensor, keys: Tensor, values: Tensor, step: _Step) -> Tensor:
-    """One new token per row against its whole past; the query heads of a group are the rows of one product.
-
-    ``query`` is ``[rows, heads, head_dim]``; so is the result."""
-    num_rows, heads, head_dim = query.shape
-    kv_heads = keys.shape[0]
-    blocks = step.tables.flatten()
-    past = _gather(keys, blocks).view(kv_heads, num_rows, -1, head_dim)
-    past_values = _gather(values, blocks).view(kv_heads, num_rows, -1, head_dim)
-    grouped = query.view(num_rows, kv_heads, heads // kv_heads, head_dim).transpose(0, 1)
-    scores = grouped @ past.transpose(2, 3) * head_dim**-0.5
-    weights = scores.masked_fill(step.is_beyond, float("-inf")).float().softmax(-1).to(query.dtype)
-    return (weights @ past_values).transpose(0, 1).reshape(num_rows, heads, head_dim)
-
-
-def _attend_causal(query: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-    """Tokens ``start`` onward of one row against all its tokens so far, ``[tokens, heads, head_dim]``."""
-    mask = None
-    if start:
-        places = torch.arange(keys.shape[0], device=query.device)
-        mask = places <= places[start:].unsqueeze(1)
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, keys, values))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return out.squeeze(0).transpose(0, 1)
+def _rotary_tables(attention: Attention, model: Decoder) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines of every position, ``[max_length, 1, head_dim]``."""
+    if attention.rotary is None:
+        return None
+    places = torch.arange(model.shape.max_length, device=model.device).float()
+    angles = torch.outer(places, attention.rotary.inv_freq)
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    cos, sin = (turn * attention.rotary.scale for turn in (angles.cos(), angles.sin()))
+    return cos.to(model.dtype), sin.to(model.dtype)

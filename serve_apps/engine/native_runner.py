@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.adapters import Factors
-from serve_apps.engine.families import Decoder, Linear, Shape, part_sizes
+from serve_apps.engine.decoder import Decoder, Linear, Shape, part_sizes
 from serve_apps.engine.native import library
 from serve_apps.engine.native.library import MAX_HEAD_DIM, PANEL, SLIM_PANEL, address
 from serve_apps.engine.scheduler import StepPlan
@@ -51,6 +51,30 @@ def runs(model: Decoder, block_size: int) -> bool:
         and block_size == PANEL
         and shape.head_dim % PANEL == 0
         and shape.head_dim <= MAX_HEAD_DIM
+        and _is_llama(model)
+    )
+
+
+def _is_llama(model: Decoder) -> bool:
+    """RMS norms, rotary positions in every head, grouped-query attention to all that came before, gated SiLU,
+    and nothing else."""
+    extras = (model.embed_norm, model.positions, model.head_softcap, model.final_norm.bias)
+    first = model.layers[0].attention
+    return (
+        model.activation == "silu"
+        and "gate_up" in model.parts
+        and not model.is_parallel
+        and model.embed_scale == 1
+        and all(extra is None for extra in extras)
+        and first.rotary is not None
+        and first.scale == model.shape.head_dim**-0.5
+        and all(extra is None for extra in (first.window, first.softcap, first.key_bias))
+        and all(
+            layer.attention is first
+            and layer.attn_norm.eps == layer.mlp_norm.eps == model.final_norm.eps
+            and (layer.attn_post_norm or layer.mlp_post_norm or layer.query_norm or layer.key_norm) is None
+            for layer in model.layers
+        )
     )
 
 
@@ -61,7 +85,7 @@ class NativeRunner:
         assert runs(model, PANEL)
         self._shape = model.shape
         self.num_blocks = num_blocks
-        self._family = model.family
+        self._part_factors = model.part_factors
         self._sizes = part_sizes(model)
         self._kernels = kernels
         self._embed = _exact_half(model.embed)
@@ -88,9 +112,8 @@ class NativeRunner:
         updates = (library.Update * (self.shape.num_layers * len(self._sizes)))()
         kept: list[Tensor] = []
         for index in range(self.shape.num_layers):
-            prefix = self._family.layer.format(i=index)
-            for number, (name, parts) in enumerate(self._family.projections.items()):
-                given = [factors.get(prefix + part) for part in parts]
+            for number, name in enumerate(self._sizes):
+                given = self._part_factors(factors, index, name)
                 if any(part is not None for part in given):
                     update = updates[index * len(self._sizes) + number]
                     kept += pack_update(update, given, self._sizes[name])
@@ -138,7 +161,8 @@ class NativeRunner:
         keys, values = _zeros(size), _zeros(size)
         layers = (library.Layer * shape.num_layers)()
         for index, (layer, source) in enumerate(zip(layers, model.layers, strict=True)):
-            layer.attn_norm, layer.mlp_norm = self._keep(source.attn_norm), self._keep(source.mlp_norm)
+            layer.attn_norm = self._keep(source.attn_norm.weight)
+            layer.mlp_norm = self._keep(source.mlp_norm.weight)
             for name, linear in source.projections.items():
                 setattr(layer, name, self._pack_linear(linear))
             layer.cache = library.Cache(address(keys[index]), address(values[index]))
@@ -146,7 +170,9 @@ class NativeRunner:
         hidden = model.embed.shape[1]
         heads = shape.num_heads * shape.head_dim
         self._buffer_width = hidden + 2 * heads + 2 * shape.num_kv_heads * shape.head_dim + 3 * inner
-        angles = torch.outer(torch.arange(shape.max_length).float(), model.inv_freq)
+        rotary = model.layers[0].attention.rotary
+        assert rotary is not None
+        angles = torch.outer(torch.arange(shape.max_length).float(), rotary.inv_freq)
         self._kept += [keys, values, layers]
         return library.Decoder(
             shape=library.Shape(
@@ -158,12 +184,12 @@ class NativeRunner:
                 inner=inner,
                 vocabulary=shape.vocabulary,
                 num_blocks=num_blocks,
-                cos=self._keep(angles.cos() * model.rope_scale),
-                sin=self._keep(angles.sin() * model.rope_scale),
-                norm_eps=shape.norm_eps,
+                cos=self._keep(angles.cos() * rotary.scale),
+                sin=self._keep(angles.sin() * rotary.scale),
+                norm_eps=model.final_norm.eps,
             ),
             layers=ctypes.addressof(layers),
-            final_norm=self._keep(model.final_norm),
+            final_norm=self._keep(model.final_norm.weight),
             head=self._pack_linear(Linear(model.head, None)),
         )
 

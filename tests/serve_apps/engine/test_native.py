@@ -15,7 +15,8 @@ from attribution.types import ZERO_ID
 from cluster.adapters import Factors as FileFactors
 from cluster.models import load_base
 from serve_apps.engine import lora
-from serve_apps.engine.families import Decoder, Linear, fuse_decoder
+from serve_apps.engine.decoder import Decoder, Linear
+from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.kv_cache import BlockPool
 from serve_apps.engine.native import library
 from serve_apps.engine.native.library import PANEL, address, load_kernels

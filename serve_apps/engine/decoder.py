@@ -1,0 +1,136 @@
+"""A causal language model as data: all that a runner needs to know of it, and no family by name.
+
+``families.py`` makes one out of what transformers loaded. A block adds ``post(attend(norm(hidden)))`` and
+``post(mlp(norm(hidden)))``, one after the other or side by side; what a family does not have is ``None``."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.adapters import Factors
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": F.relu,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    weight: Tensor  # [d_out, d_in]
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMS norm, or with a ``bias`` LayerNorm. A weight in fp32 multiplies before the result is rounded to the
+    model's type, one in the model's type after."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotary:
+    """Rotary positions in the half-split layout: dimensions ``i`` and ``i + head_dim / 2`` are one pair.
+    ``inv_freq`` is fp32 ``[head_dim / 2]``; 0 leaves a pair as it is."""
+
+    inv_freq: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attention:
+    """How queries meet keys. Layers that do so alike share one object."""
+
+    scale: float
+    rotary: Rotary | None = None
+    window: int | None = None  # how many tokens a query sees, itself included
+    softcap: float | None = None  # scores become cap * tanh(score / cap)
+    key_bias: Tensor | None = None  # [heads, max_length], added to the scores of the key at each position
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """``projections``: ``qkv``, ``o``, ``down``, and ``gate_up`` (gated) or ``up`` (plain)."""
+
+    attention: Attention
+    projections: Mapping[str, Linear]
+    attn_norm: Norm
+    mlp_norm: Norm
+    attn_post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
+    query_norm: Norm | None = None  # over head_dim
+    key_norm: Norm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One module of the library inside a projection. ``order`` are its rows as the projection has them;
+    ``None``: as they were."""
+
+    module: str  # its path in the block
+    d_out: int
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocabulary: int
+    max_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A causal language model with its projections fused, detached from the library that read it."""
+
+    shape: Shape
+    layer_path: str  # of a block in the library, holding {i}
+    parts: Mapping[str, tuple[Part, ...]]  # of every projection
+    layers: tuple[Layer, ...]
+    embed: Tensor  # [vocabulary, width]
+    final_norm: Norm
+    head: Tensor  # [vocabulary, width]
+    activation: str  # one of ACTIVATIONS
+    is_parallel: bool = False  # attention and MLP side by side, both over the block's input
+    embed_scale: float = 1.0
+    embed_norm: Norm | None = None
+    positions: Tensor | None = None  # learned, [max_length, width]
+    head_softcap: float | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.device
+
+    def part_factors(self, factors: Mapping[str, Factors], layer: int, name: str) -> list[Factors | None]:
+        """An adapter's factors for the parts of one projection, rows of ``b`` in the projection's order."""
+        path = self.layer_path.format(i=layer)
+        return [_ordered(factors.get(path + part.module), part.order) for part in self.parts[name]]
+
+
+def _ordered(factors: Factors | None, order: Tensor | None) -> Factors | None:
+    if factors is None or order is None:
+        return factors
+    return Factors(factors.a, factors.b[order.to(factors.b.device)])
+
+
+def part_sizes(model: Decoder) -> dict[str, tuple[int, ...]]:
+    """``d_out`` of the parts of each projection."""
+    return {name: tuple(part.d_out for part in parts) for name, parts in model.parts.items()}
