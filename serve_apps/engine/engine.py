@@ -113,7 +113,8 @@ class Engine:
                 grammar that is none.
             Unavailable: the queue is full.
         """
-        self._scheduler.check(request)
+        with self._inbox.changed:
+            self._scheduler.check(request, [each.request for each in self._inbox.answers])
         vocabulary, sampling = self._runner.shape.vocabulary, request.sampling
         if not all(0 <= token < vocabulary for token in request.prompt_ids):
             raise Rejected(

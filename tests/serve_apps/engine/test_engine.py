@@ -188,7 +188,8 @@ def test_what_cannot_run_is_refused_at_submit(toys: Toys, toy_engine: Engine) ->
     with pytest.raises(Rejected) as foreign:
         toy_engine.submit(request((1, 2, 10**6)))
     assert foreign.value.code == "token_out_of_range"
-    full = toys.engine(Limits(max_waiting=0))
+    full = toys.engine(Limits(max_running=1, max_waiting=0))
+    full.submit(request(PROMPTS[0]))
     with pytest.raises(Unavailable):
         full.submit(request(PROMPTS[0]))
 

@@ -2,7 +2,6 @@
 
 import random
 import sys
-from collections import Counter
 
 import pytest
 
@@ -16,7 +15,7 @@ ADAPTER = b"\x01" * 32
 
 
 def request(number: int, num_prompt: int, max_tokens: int = 4, adapter_id: bytes = ZERO_ID) -> EngineRequest:
-    prompt = tuple(range(num_prompt))
+    prompt = (1000 + number, *range(1, num_prompt))[:num_prompt]
     return EngineRequest(
         number.to_bytes(32, "big"), "owner", "tenant", prompt, SamplingParams(max_tokens), adapter_id
     )
@@ -118,16 +117,23 @@ def test_a_full_cache_preempts_the_latest_comer_and_everybody_still_ends() -> No
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_any_mix_ends_within_budget_and_nobody_else_reads_a_block_that_is_written(seed: int) -> None:
+def test_any_mix_ends_within_budget_and_nobody_else_reads_a_block_before_it_is_full(seed: int) -> None:
     rng = random.Random(seed)
     s = scheduler(num_blocks=12, block_size=3, max_length=33)
     for number in range(30):
-        s.add(request(number, rng.randint(1, 20), rng.randint(1, 12)))
+        s.add(
+            with_tokens(
+                number, [rng.randint(1, 2), *range(rng.randint(0, 19))], max_tokens=rng.randint(1, 12)
+            )
+        )
     for _ in range(2000):
         plan = s.schedule(lambda _: True)
-        readers = Counter(block for row in plan.rows for block in row.blocks)
-        written = {row.blocks[t // 3] for row in plan.rows for t in range(row.start, row.end)}
-        assert all(readers[block] == 1 for block in written) and NULL_BLOCK not in readers
+        writer = {row.blocks[i]: row for row in plan.rows for i in range(row.start // 3, -(-row.end // 3))}
+        assert NULL_BLOCK not in writer
+        for row in plan.rows:
+            for index, block in enumerate(row.blocks):
+                filled = writer.get(block, row)  # by another only what it fills, and only to begin after
+                assert filled is row or (index + 1) * 3 <= min(filled.end, row.start)
         assert plan.num_tokens <= s.limits.max_batch_tokens
         for row in plan.rows:
             assert len(row.blocks) * 3 >= row.end
@@ -149,7 +155,7 @@ def test_every_block_is_announced_as_new_exactly_once_per_owner() -> None:
 
 
 def test_what_could_never_run_is_refused_at_the_door() -> None:
-    s = scheduler(max_waiting=1)
+    s = scheduler(max_waiting=2, max_running=1)
     with pytest.raises(Rejected) as too_long:
         s.check(request(1, num_prompt=90, max_tokens=11))
     assert too_long.value.code == "context_length_exceeded"
@@ -159,18 +165,28 @@ def test_what_could_never_run_is_refused_at_the_door() -> None:
     assert empty.value.code == "prompt_empty"
     with pytest.raises(Rejected):
         scheduler(num_blocks=3).check(request(1, num_prompt=8, max_tokens=1))
+    s.check(request(2, 1))
     s.add(request(2, 1))
+    s.check(request(3, 1))
+    s.add(request(3, 1))
     with pytest.raises(Unavailable) as full:
-        s.check(request(3, 1))
+        s.check(request(4, 1))
     assert full.value.code == "engine_full"
+    s.check(with_tokens(5, [1], tenant="other"))  # the last place is for those who have none
 
 
 def test_slots_follow_the_block_table() -> None:
     assert slots([5, 2], 3, 6, 4) == [23, 8, 9]
 
 
-def with_tokens(number: int, tokens: list[int], tenant: str = "tenant", adapter_id: bytes = ZERO_ID):  # type: ignore[no-untyped-def]
-    params = SamplingParams(max_tokens=4)
+def with_tokens(
+    number: int,
+    tokens: list[int],
+    tenant: str = "tenant",
+    adapter_id: bytes = ZERO_ID,
+    max_tokens: int = 4,
+) -> EngineRequest:
+    params = SamplingParams(max_tokens)
     return EngineRequest(number.to_bytes(32, "big"), "owner", tenant, tuple(tokens), params, adapter_id)
 
 
@@ -219,6 +235,27 @@ def test_running_requests_share_the_blocks_of_their_common_beginning() -> None:
     assert step(s).rows[0].blocks[:4] == rows[2].blocks[:4]
     s.remove((2).to_bytes(32, "big"))
     assert s.pool.num_free == 32
+
+
+def test_requests_of_one_step_compute_their_common_beginning_once() -> None:
+    """Sixty-four at once over sixteen adapters, each adapter with its own 256 tokens, and a cold cache."""
+    s = scheduler(num_blocks=4000, block_size=16, max_batch_tokens=512, max_running=64, max_length=300)
+    for number in range(64):
+        beginning, rest = list(range(256)), [1000 + number] * 20
+        s.add(with_tokens(number, beginning + rest, adapter_id=bytes([1 + number % 16]) * 32))
+    while s.num_running or s.num_waiting:
+        step(s)
+    assert s.num_prefilled == 16 * 256 + 64 * 20
+    assert s.num_reused == 48 * 256
+
+
+def test_the_second_of_one_step_begins_behind_the_first() -> None:
+    s = scheduler(max_batch_tokens=64)
+    for number in range(2):
+        s.add(with_tokens(number, [*range(16), 50 + number]))
+    first, second = sorted(step(s).rows, key=lambda row: row.start)
+    assert (first.start, first.end, second.start, second.end) == (0, 17, 16, 17)
+    assert first.blocks[:4] == second.blocks[:4] and first.blocks[4] != second.blocks[4]
 
 
 def test_the_least_recently_used_prefix_is_overwritten_first() -> None:
