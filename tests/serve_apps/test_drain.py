@@ -12,7 +12,6 @@ from serve_apps.engine_host import EngineHost, HostConfig
 from serve_apps.worker_pool import WorkerPool
 from tests.serve_apps.conftest import Toys, request
 
-
 PATIENT = HostConfig(lease_s=600)  # with a gateway that renews so seldom that it hears of nothing in between
 
 
