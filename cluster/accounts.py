@@ -8,16 +8,23 @@ import hmac
 import re
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Row, bindparam, select, update
 from sqlalchemy.orm import Session
 
 from attribution.errors import Rejected
 from cluster.database import insert_new
 from cluster.ledger import ESCROW, Entry, payer_free, post
-from cluster.tables import AccountRow, ApiKeyRow, DepositRow, PayerRow
+from cluster.tables import AccountRow, ApiKeyRow, DepositRow, PayerRow, table_of
 
 _KEY = re.compile(r"ol_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
+_KEYS, _ACCOUNTS = table_of(ApiKeyRow), table_of(AccountRow)
+_KEY_AND_ACCOUNT = (  # built once: building costs more than running
+    select(_KEYS.c.secret_sha256, _KEYS.c.revoked_at, _ACCOUNTS)
+    .join(_ACCOUNTS, _ACCOUNTS.c.account_id == _KEYS.c.account_id)
+    .where(_KEYS.c.key_id == bindparam("the_key"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +105,23 @@ def authenticate(session: Session, key: str) -> Account:
     if match is None:
         raise refusal
     key_id, secret = match.groups()
-    row = session.get(ApiKeyRow, key_id)
+    row = session.execute(_KEY_AND_ACCOUNT, {"the_key": key_id}).first()
     stored = row.secret_sha256 if row else "0" * 64
     if not hmac.compare_digest(stored, hashlib.sha256(secret.encode()).hexdigest()):
         raise refusal
     if row is None or row.revoked_at is not None:
         raise refusal
-    return account_of(session, row.account_id)
+    return _account(row)
 
 
 def account_of(session: Session, account_id: str) -> Account:
     row = session.get(AccountRow, account_id, populate_existing=True)
     if row is None:
         raise Rejected("account_not_found", f"no account {account_id!r}", field="account", http_status=404)
+    return _account(row)
+
+
+def _account(row: AccountRow | Row[Any]) -> Account:
     return Account(
         row.account_id,
         bytes.fromhex(row.payer),

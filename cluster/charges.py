@@ -6,8 +6,9 @@ deposited and signed for, nor the account's budget. All functions run inside the
 leave no trace when they refuse, so that a gateway may commit many requests at once."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, insert, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from attribution.errors import Rejected
@@ -37,6 +38,19 @@ _RELEASE = (
     .where(_HELD, _CHARGES.c.lease_until < bindparam("lease_before"))
     .values(state="released", idempotency_key=None)
     .returning(*_HOLDER)
+)
+_EARLIER = (
+    select(_CHARGES)
+    .where(
+        or_(
+            _CHARGES.c.request_id == bindparam("the_request"),
+            and_(
+                _CHARGES.c.account_id == bindparam("the_account"),
+                _CHARGES.c.idempotency_key == bindparam("the_key"),
+            ),
+        )
+    )
+    .order_by(_CHARGES.c.request_id != bindparam("the_request"))
 )
 _INSERT_RECEIPT, _INSERT_TRANSCRIPT = insert(table_of(ReceiptRow)), insert(table_of(TranscriptRow))
 
@@ -241,12 +255,9 @@ def _repeated(
     session: Session, account_id: str, request_id: bytes, idempotency_key: str | None, request_sha256: bytes
 ) -> Charge:
     """The charge that was there first, by request id or by key; the body must be the same."""
-    row = session.get(ChargeRow, request_id.hex(), populate_existing=True)
-    if row is None:
-        by_key = select(ChargeRow).where(
-            ChargeRow.account_id == account_id, ChargeRow.idempotency_key == idempotency_key
-        )
-        row = session.scalars(by_key.execution_options(populate_existing=True)).one()
+    asked = {"the_request": request_id.hex(), "the_account": account_id, "the_key": idempotency_key}
+    row = session.execute(_EARLIER, asked).first()
+    assert row is not None
     if row.request_sha256 != request_sha256.hex() or row.account_id != account_id:
         raise Rejected(
             "idempotency_key_reused",
@@ -274,7 +285,7 @@ def _row(session: Session, request_id: bytes) -> ChargeRow:
     return row
 
 
-def _charge(row: ChargeRow, *, is_new: bool) -> Charge:
+def _charge(row: ChargeRow | Row[Any], *, is_new: bool) -> Charge:
     return Charge(
         request_id=bytes.fromhex(row.request_id),
         account_id=row.account_id,

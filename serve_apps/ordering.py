@@ -94,7 +94,7 @@ async def order_of(
 ) -> Order:
     """Raises: Rejected for whatever is wrong with the request, but for credit."""
     content = await request.body()
-    if isinstance(body, ChatRequest):
+    if isinstance(body, ChatRequest) and (body.calls_tools or body.response_format is not None):
         await asyncio.to_thread(check_grammar, shared, body)
     max_tokens = _allowed_tokens(body, len(prompt.token_ids), shared)
     sampling = body.sampling(max_tokens, seed=secrets.randbits(63))

@@ -326,12 +326,11 @@ class Sessions:
             Rejected: 410 when no text was kept, or no longer.
         """
         with reading(self._database) as session:
-            receipt = receipts.receipt_of_request(session, charge.request_id).receipt
-            stored = receipts.transcripts_of(session, [receipt.receipt_id])
-        if not stored:
+            receipt, sealed = receipts.answer_of_request(session, charge.request_id)
+        if sealed is None:
             gone = f"the text of receipt {receipt.receipt_id.hex()} is not kept"
             raise Rejected("answer_not_kept", gone, field="idempotency-key", http_status=410)
-        transcript = open_sealed(self._terms.transcript_key, stored[0].ciphertext, charge.request_id)
+        transcript = open_sealed(self._terms.transcript_key, sealed, charge.request_id)
         kept = _Kept(**json.loads(charge.response_json))
         texts = list(transcript.other_texts)
         texts.insert(kept.attributed, transcript.answer_text)

@@ -254,7 +254,7 @@ def _start(path: Path, config: VllmConfig) -> "LLMEngine":
     limits = config.limits
     arguments = EngineArgs(
         model=str(path),
-        dtype=config.dtype,  # type: ignore[arg-type]
+        dtype=config.dtype,
         max_model_len=limits.max_length,
         max_num_seqs=limits.max_running,
         max_num_batched_tokens=max(limits.max_batch_tokens, limits.max_running),

@@ -22,7 +22,7 @@ from cluster.charges import (
     reserve,
 )
 from cluster.database import reading, writing
-from cluster.receipts import receipt_of_request
+from cluster.receipts import answer_of_request
 from cluster.tables import ReceiptRow, TranscriptRow
 from tests.cluster.money import NOW, YEAR_S, assert_money_adds_up, draft, fund, funded_account, hold
 
@@ -38,7 +38,7 @@ def test_a_capture_writes_everything_once(engine: Engine) -> None:
     with writing(engine) as session:
         assert capture(session, R1, draft(fee_gwei=99), NOW + 9) == receipt  # the first result stays
     with reading(engine) as session:
-        assert receipt_of_request(session, R1).receipt == receipt
+        assert answer_of_request(session, R1)[0] == receipt
         assert (receipt.payer_seq, receipt.hour, receipt.fee_gwei) == (1, NOW // 3600, 30)
         assert session.scalars(select(TranscriptRow.receipt_id)).all() == [receipt.receipt_id.hex()]
         account = account_of(session, account_id)

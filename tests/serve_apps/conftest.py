@@ -65,9 +65,12 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
+    return toys_in(tmp_path_factory.mktemp("toys"))
+
+
+def toys_in(folder: Path, width: int = 64) -> Toys:
     """Six adapters of different ranks; one touches attention only."""
-    folder = tmp_path_factory.mktemp("toys")
-    path = toy_models.tiny_base(folder / "base")
+    path = toy_models.tiny_base(folder / "base", width=width)
     base, storage = BaseModel(base_id(path), path), DirectoryStorage(folder / "storage")
     shapes, adapters = linear_shapes(path), {}
     for seed, rank in enumerate((1, 2, 4, 4, 8, 16), start=1):

@@ -26,11 +26,10 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
 
 def stream(deployed: Deployed, model: str) -> int:
     """Read one long answer to its end; the tokens it took, told in its last chunk."""
-    body = {"model": model, "messages": ASK, "max_tokens": 500, "stream": True, "ignore_eos": True}
     answer = deployed.client().chat.completions.create(
         model=model,
         messages=ASK,  # type: ignore[arg-type]
-        max_tokens=body["max_tokens"],  # type: ignore[arg-type]
+        max_tokens=500,
         stream=True,
         stream_options={"include_usage": True},
         extra_body={"ignore_eos": True},
@@ -64,6 +63,21 @@ def gauges(deployed: Deployed, name: str) -> dict[str, int]:
     """One value per worker that the gateway knows."""
     text = httpx.get(f"{deployed.url}/metrics", timeout=30).text
     return {worker: int(value) for worker, value in re.findall(rf'{name}{{worker="(\w+)"}} (\d+)', text)}
+
+
+def test_words_come_through_the_door_one_by_one(deployed: Deployed) -> None:
+    """The first is read long before the answer is over: while its reservation stands."""
+    answer = deployed.client().chat.completions.create(
+        model="base",
+        messages=ASK,
+        max_tokens=500,
+        stream=True,
+        extra_body={"ignore_eos": True},  # type: ignore[arg-type]
+    )
+    next(answer)
+    assert deployed.states()[-1] == "reserved"
+    assert len(list(answer)) > 100
+    assert deployed.states()[-1] == "captured"
 
 
 def test_load_brings_a_worker_and_its_end_takes_one_and_no_stream_breaks(deployed: Deployed) -> None:

@@ -14,10 +14,12 @@ from sqlalchemy import select
 from attribution.commitment import Turn, answer_commitment, prompt_sha256
 from attribution.hashing import sha256
 from attribution.types import Receipt
-from cluster.database import reading
+from cluster import accounts
+from cluster.database import reading, writing
 from cluster.tables import AccountRow, ReceiptRow, TranscriptRow
 from cluster.transcripts import key_path, load_key, open_sealed
 from serve_apps.http_app import build_app
+from serve_apps.services import TRUST_S, Keys
 from tests.cluster.money import assert_money_adds_up
 from tests.serve_apps.conftest import Gateway
 
@@ -323,3 +325,20 @@ def test_many_clients_at_once_each_get_their_own_answer(gateway: Gateway) -> Non
         assert numbers == list(range(1, 17))
         assert session.scalars(select(AccountRow.reserved_gwei)).all() == [0]
     assert_money_adds_up(gateway.database)
+
+
+def test_a_revoked_key_is_trusted_for_a_second_at_most(gateway: Gateway) -> None:
+    http = gateway.http()
+    assert http.get("/v1/models").status_code == 200
+    with writing(gateway.database) as session:
+        accounts.revoke_key(session, gateway.key.split("_")[1], 1)
+        account = accounts.account_of(session, gateway.account_id)
+    gateway.wait_until(lambda: http.get("/v1/models").status_code == 401)
+    now = 100.0
+    keys = Keys(lambda: now)
+    keys.trust("a", account)
+    assert keys.account_of("b") is None
+    now += TRUST_S - 0.01
+    assert keys.account_of("a") == account
+    now += 0.02
+    assert keys.account_of("a") is None

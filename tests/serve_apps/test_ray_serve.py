@@ -3,13 +3,17 @@
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import httpx
+import psutil
 import pytest
 from openai import APIError
 from sqlalchemy import select
 
+from cluster import head
 from cluster.database import reading
 from cluster.tables import ReceiptRow
 from tests.cluster.money import assert_money_adds_up
@@ -58,6 +62,35 @@ def test_a_client_that_leaves_mid_stream_pays_for_what_was_sent(deployed: Deploy
         fee = session.scalars(select(ReceiptRow.fee_gwei).order_by(ReceiptRow.created_at.desc())).first()
     assert fee is not None and 0 < fee < 20 * 900
     assert_money_adds_up(deployed.database)
+
+
+def test_haproxy_stands_in_front_and_nothing_is_open_to_the_network(deployed: Deployed) -> None:
+    """Statistics of HAProxy and the replicas' own ports included."""
+    own = head.processes(deployed.settings)
+    assert any(process.name() == "haproxy" for process in own)
+    addresses = {
+        connection.laddr.ip
+        for process in own
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_large_bodies_and_a_thousand_connections_come_through(deployed: Deployed) -> None:
+    bearer, chat = {"Authorization": f"Bearer {deployed.key}"}, f"{deployed.url}/v1/chat/completions"
+
+    def asked(size: int) -> httpx.Response:
+        body = {"model": "toy/a1", "messages": [{"role": "user", "content": "x" * size}]}
+        return httpx.post(chat, json=body, headers=bearer, timeout=60)
+
+    assert asked(900_000).json()["error"]["code"] == "context_length_exceeded"
+    assert asked(1_100_000).status_code == 413
+    host, port = deployed.url.removeprefix("http://").split(":")
+    with ExitStack() as stack:
+        for _ in range(1000):
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+        assert httpx.get(f"{deployed.url}/v1/models", headers=bearer, timeout=60).status_code == 200
 
 
 def test_killing_the_engine_mid_stream_is_a_clear_error_and_free_and_heals(deployed: Deployed) -> None:

@@ -23,11 +23,17 @@ from serve_apps.engine.vllm_engine import (
     lark,
     sampling_values,
 )
-from tests.serve_apps.conftest import Toys, drive, request, run
+from tests.serve_apps.conftest import Toys, drive, request, run, toys_in
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 LIMITS = Limits(max_running=8, max_length=256)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
+    """Wide enough: vLLM's attention on CPUs has heads of 32 and more."""
+    return toys_in(tmp_path_factory.mktemp("toys"), width=128)
 
 
 @pytest.fixture(scope="module")
