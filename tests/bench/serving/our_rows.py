@@ -26,12 +26,13 @@ def measure(rows: Rows, plan: Plan) -> None:
         with platform(W1.num_adapters + num_cold, 0) as opened:
             _measure_few(rows, plan, opened)
     if rows.missing([f"ours/{work.name}" for work in SWEEP]):
+        half = replace(plan, limit_s=plan.limit_s / 2)  # a curve needs fewer repetitions
         num_active = SWEEP[-1].num_adapters
         with platform(num_active, NUM_REGISTERED - num_active) as opened:
             http_client.warm_up(opened.server, SWEEP[0])
             for work in SWEEP:
                 rows.measure(
-                    f"ours/{work.name}", lambda work=work: http_client.row(opened.server, work, plan)
+                    f"ours/{work.name}", lambda work=work: http_client.row(opened.server, work, half)
                 )
 
 
@@ -48,9 +49,9 @@ def _measure_few(rows: Rows, plan: Plan, opened: Platform) -> None:
     rows.measure("ours/cold", lambda: _cold(server, cold[:NUM_COLD]))
     rows.measure("ours/stall", lambda: _stall(server, cold[NUM_COLD:], plan))
     if rows.missing(["ours/w4_without_cache"]):
-        with opened.redeployed(reuses_prefixes=False):
-            http_client.warm_up(server, W1)
-            rows.measure("ours/w4_without_cache", lambda: http_client.row(server, W4, plan))
+        opened.redeploy(reuses_prefixes=False)
+        http_client.warm_up(server, W1)
+        rows.measure("ours/w4_without_cache", lambda: http_client.row(server, W4, plan))
 
 
 def _deterministic(w1: Row) -> Row:

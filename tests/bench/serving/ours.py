@@ -42,17 +42,11 @@ class Platform:
     database: Engine
     server: Server
 
-    @contextmanager
-    def redeployed(self, **engine: object) -> Iterator[None]:
-        """With other settings of the engine for a while."""
+    def redeploy(self, **engine: object) -> None:
+        """With other settings of the engine from now on."""
         changed = self.settings.engine.model_copy(update=engine)
-        self._deploy(self.settings.model_copy(update={"engine": changed}))
-        yield
-        self._deploy(self.settings)
-
-    def _deploy(self, settings: Settings) -> None:
         app.undeploy()
-        app.deploy(settings)
+        app.deploy(self.settings.model_copy(update={"engine": changed}))
 
     async def prefilled(self) -> float:
         """Prompt tokens computed so far."""

@@ -16,6 +16,7 @@ import pickle
 import random
 import signal
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -329,6 +330,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and so is all that was started
     with TemporaryDirectory() as folder, deployed(Path(folder)) as target:
         books = soak(target, given.minutes)
     for end, num in sorted(books.ends.items()):
