@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup check format types contracts test test-slow demo demo-fresh audit bench-serving clean
+.PHONY: help setup check format types contracts test test-slow demo demo-fresh audit bench-serving bench-gpu clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -47,6 +47,9 @@ audit: $(READY)  ## recompute from the chain what everybody was charged and paid
 
 bench-serving: $(READY)  ## our HTTP door under load, against what this machine could do at best
 	$(BIN)/python -m tests.bench.serving.door --out tests/bench/serving/door.json
+
+bench-gpu: $(READY)  ## the bare engine on a CUDA device, at the shapes of an 8B Llama
+	$(BIN)/python -m tests.bench.serving.gpu --out tests/bench/serving/gpu.json
 
 clean:  ## forget everything but the sources
 	rm -rf $(VENV) .openledger build dist *.egg-info

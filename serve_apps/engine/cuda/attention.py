@@ -64,13 +64,13 @@ def attend(
     out = torch.empty_like(query)
     group = num_heads // num_kv_heads
     width = max(16, triton.next_power_of_2(head_dim))
-    _attend[(len(tiles.count), num_kv_heads, num_splits)](
+    attend_split[(len(tiles.count), num_kv_heads, num_splits)](
         query, keys, values, parts, sums, tiles.first, tiles.count, tiles.start, tiles.row, tiles.tables,
         head_dim**-0.5, num_tokens, num_blocks, tiles.tables.shape[1], query.stride(0),
         HEADS=num_heads, GROUP=group, DIM=head_dim, WIDTH=width, BLOCK=block_size, SPLITS=num_splits,
         SPLIT=SPLIT, KEYS=KEYS, ROWS=max(ROWS, triton.next_power_of_2(group)), OPERAND=operand(query.dtype),
     )  # fmt: skip
-    _merge[(num_tokens, num_heads)](
+    merge_splits[(num_tokens, num_heads)](
         parts, sums, out, positions, num_tokens,
         HEADS=num_heads, DIM=head_dim, WIDTH=width, SPLITS=num_splits, SPLIT=SPLIT, num_warps=1,
     )  # fmt: skip
@@ -78,7 +78,7 @@ def attend(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "table_width"])
-def _attend(
+def attend_split(
     query, keys, values, parts, sums, firsts, counts, starts, table_rows, tables,
     scale, num_tokens, num_blocks, table_width, query_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -126,7 +126,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _merge(
+def merge_splits(
     parts, sums, out, positions, num_tokens,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip

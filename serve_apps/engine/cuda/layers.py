@@ -15,7 +15,7 @@ def add_and_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: flo
     """Add ``update`` to ``hidden`` in place, if there is one; its RMS norm. All are ``[tokens, width]``."""
     num_tokens, width = hidden.shape
     out = torch.empty_like(hidden)
-    _add_and_norm[(num_tokens,)](
+    add_and_norm_row[(num_tokens,)](
         hidden, hidden if update is None else update, weight, out, eps,
         ADDS=update is not None, WIDTH=width, COLUMNS=triton.next_power_of_2(width),
     )  # fmt: skip
@@ -23,7 +23,7 @@ def add_and_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: flo
 
 
 @triton.jit
-def _add_and_norm(
+def add_and_norm_row(
     hidden, update, weight, out, eps, ADDS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     columns = tl.arange(0, COLUMNS)
@@ -56,7 +56,7 @@ def rotate_and_store(
     num_tokens, rows, head_dim = qkv.shape
     num_kv_heads, num_blocks, block_size, _ = keys.shape
     num_heads = rows - 2 * num_kv_heads
-    _rotate_and_store[(num_tokens, rows)](
+    rotate_and_store_head[(num_tokens, rows)](
         qkv, *rotary, positions, slots, keys, values, num_blocks * block_size,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HALF=head_dim // 2,
         COLUMNS=triton.next_power_of_2(head_dim // 2), num_warps=1,
@@ -65,7 +65,7 @@ def rotate_and_store(
 
 
 @triton.jit
-def _rotate_and_store(
+def rotate_and_store_head(
     qkv, cos, sin, positions, slots, keys, values, cache_rows,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -93,12 +93,12 @@ def gate(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of ``[tokens, gate and up]``."""
     num_tokens, both = gate_up.shape
     out = gate_up.new_empty(num_tokens, both // 2)
-    _gate[(num_tokens, triton.cdiv(both // 2, COLUMNS))](gate_up, out, WIDTH=both // 2, COLUMNS=COLUMNS)
+    gate_row[(num_tokens, triton.cdiv(both // 2, COLUMNS))](gate_up, out, WIDTH=both // 2, COLUMNS=COLUMNS)
     return out
 
 
 @triton.jit
-def _gate(gate_up, out, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+def gate_row(gate_up, out, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     token, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns < WIDTH
     element: tl.constexpr = out.dtype.element_ty

@@ -133,18 +133,18 @@ def add_lora_tiles(out: Tensor, x: Tensor, tiles: Tiles, entry: int, sizes: tupl
     num_splits, most = triton.cdiv(d_in, SPLIT), MAX_RANK * len(sizes)
     y = torch.empty(num_splits, num_tokens, most, dtype=torch.float32, device=x.device)
     shared = {"ROWS": ROWS, "RANKS": RANKS, "OPERAND": operand(x.dtype)}
-    _shrink[(num_tiles, num_splits)](
+    shrink[(num_tiles, num_splits)](
         x, y, tiles.first, tiles.count, tiles.address, entry, num_tokens,
         D_IN=d_in, MOST=most, SPLIT=SPLIT, STEP=STEP, **shared,
     )  # fmt: skip
-    _expand[(num_tiles, triton.cdiv(max(sizes), COLUMNS), len(sizes))](
+    expand[(num_tiles, triton.cdiv(max(sizes), COLUMNS), len(sizes))](
         y, out, tiles.first, tiles.count, tiles.address, entry, num_tokens,
         D_OUT=out.shape[1], MOST=most, SPLITS=num_splits, COLUMNS=COLUMNS, HEAD=HEAD, PART=PART, **shared,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["entry", "num_tokens"])
-def _shrink(
+def shrink(
     x, y, firsts, counts, addresses, entry, num_tokens,
     D_IN: tl.constexpr, MOST: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr,
     ROWS: tl.constexpr, RANKS: tl.constexpr, OPERAND: tl.constexpr,
@@ -177,7 +177,7 @@ def _shrink(
 
 
 @triton.jit(do_not_specialize=["entry", "num_tokens"])
-def _expand(
+def expand(
     y, out, firsts, counts, addresses, entry, num_tokens,
     D_OUT: tl.constexpr, MOST: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
     HEAD: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, OPERAND: tl.constexpr,
