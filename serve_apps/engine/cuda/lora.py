@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +28,7 @@ STEP = 128  # of which it takes so many at a time
 COLUMNS = 128  # outputs of one program
 RANKS = 16  # of an adapter, taken at a time
 HEAD, PART = 2, 5  # numbers of a table entry: before its parts, in each
-ALIGNMENT = 16  # bytes
+ALIGNED = 8  # numbers: factors, and rows of b, begin at multiples, so that many are loaded at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +71,13 @@ class Layout:
 
     def pack(self, factors: Mapping[str, Factors], dtype: torch.dtype) -> Tensor:
         """An adapter as the kernels read it, in host memory: uint8, to be copied as it is."""
-        table = torch.zeros(len(self.layers) * len(self.sizes) * self.width, dtype=torch.int64)
+        length = len(self.layers) * len(self.sizes) * self.width
+        table = torch.zeros(length + -length % ALIGNED, dtype=torch.int64)
         pieces, place = [], table.nbytes // dtype.itemsize
 
         def put(piece: Tensor) -> int:
             nonlocal place
-            padding = -piece.numel() % (ALIGNMENT // dtype.itemsize)
-            pieces.append(torch.nn.functional.pad(piece.to(dtype).flatten(), (0, padding)))
+            pieces.append(F.pad(piece.to(dtype).flatten(), (0, -piece.numel() % ALIGNED)))
             place += pieces[-1].numel()
             return place - pieces[-1].numel()
 
@@ -91,7 +92,8 @@ class Layout:
                 for index, (part, size) in enumerate(zip(given, self.sizes[name], strict=True)):
                     if part is not None:
                         rank = part.a.shape[0]
-                        numbers = (rank, int(entry[0]), put(part.b.t()), column, size)
+                        place_of_b = put(F.pad(part.b.t(), (0, -size % ALIGNED)))
+                        numbers = (rank, int(entry[0]), place_of_b, column, size)
                         entry[HEAD + PART * index :][:PART] = torch.tensor(numbers)
                         entry[0] += rank
                     column += size
@@ -132,7 +134,7 @@ def add_lora_tiles(out: Tensor, x: Tensor, tiles: Tiles, entry: int, sizes: tupl
         return
     num_splits, most = triton.cdiv(d_in, SPLIT), MAX_RANK * len(sizes)
     y = torch.empty(num_splits, num_tokens, most, dtype=torch.float32, device=x.device)
-    shared = {"ROWS": ROWS, "RANKS": RANKS, "OPERAND": operand(x.dtype)}
+    shared = {"ROWS": ROWS, "RANKS": RANKS, "ALIGNED": ALIGNED, "OPERAND": operand(x.dtype)}
     shrink[(num_tiles, num_splits)](
         x, y, tiles.first, tiles.count, tiles.address, entry, num_tokens,
         D_IN=d_in, MOST=most, SPLIT=SPLIT, STEP=STEP, **shared,
@@ -147,7 +149,7 @@ def add_lora_tiles(out: Tensor, x: Tensor, tiles: Tiles, entry: int, sizes: tupl
 def shrink(
     x, y, firsts, counts, addresses, entry, num_tokens,
     D_IN: tl.constexpr, MOST: tl.constexpr, SPLIT: tl.constexpr, STEP: tl.constexpr,
-    ROWS: tl.constexpr, RANKS: tl.constexpr, OPERAND: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """``y[split, tokens of a tile, ranks] = x[:, inputs of the split] @ a``; one program per tile and
     split."""
@@ -171,7 +173,10 @@ def shrink(
             k = split * SPLIT + done + inputs
             left = tl.load(x + k[None, :], mask=is_row & (k < D_IN)[None, :], other=0.0)
             of_rank = (r < rank)[None, :] & (k < D_IN)[:, None]
-            right = tl.load(a + r[None, :] * D_IN + k[:, None], mask=of_rank, other=0.0)
+            factors = a + r[None, :] * D_IN + k[:, None]
+            if D_IN % ALIGNED == 0:
+                factors = tl.max_contiguous(tl.multiple_of(factors, (16, 1)), (ALIGNED, 1))
+            right = tl.load(factors, mask=of_rank, other=0.0)
             total = tl.dot(left.to(OPERAND), right.to(OPERAND), total, input_precision="ieee")
         tl.store(y + r[None, :], total, mask=is_row & (r < rank)[None, :])
 
@@ -180,7 +185,8 @@ def shrink(
 def expand(
     y, out, firsts, counts, addresses, entry, num_tokens,
     D_OUT: tl.constexpr, MOST: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
-    HEAD: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, OPERAND: tl.constexpr,
+    HEAD: tl.constexpr, PART: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """``out[tokens of a tile, columns of a part] += sum of y over splits @ b``; one program per tile, block
     of columns and part."""
@@ -197,6 +203,7 @@ def expand(
         return
     element: tl.constexpr = out.dtype.element_ty
     b = address.to(tl.pointer_type(element)) + tl.load(part + 2)
+    stride = tl.cdiv(num_columns, ALIGNED) * ALIGNED
     tokens = tl.load(firsts + tile) + rows
     is_row, is_column = (rows < count)[:, None], (columns < num_columns)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -207,8 +214,10 @@ def expand(
         for split in range(SPLITS):
             piece = of_row + split * num_tokens.to(tl.int64) * MOST
             left += tl.load(piece, mask=is_row & (r < rank)[None, :], other=0.0)
-        of_rank = (r < rank)[:, None] & is_column
-        right = tl.load(b + r[:, None] * num_columns + columns[None, :], mask=of_rank, other=0.0)
+        of_rank = (r < rank)[:, None] & (columns < stride)[None, :]
+        factors = b + r[:, None] * stride + columns[None, :]
+        factors = tl.max_contiguous(tl.multiple_of(factors, (1, 16)), (1, ALIGNED))
+        right = tl.load(factors, mask=of_rank, other=0.0)
         total = tl.dot(left.to(element).to(OPERAND), right.to(OPERAND), total, input_precision="ieee")
     places = out + tokens[:, None] * D_OUT + first_column + columns[None, :]
     before = tl.load(places, mask=is_row & is_column)

@@ -1,10 +1,9 @@
 """The forward pass on a CUDA device: projections by cuBLAS, all else by the kernels of this folder.
 
 ``ModelRunner`` is the oracle and runs what this does not. A step of single tokens is padded to the next of a
-few sizes and replayed as a CUDA graph, one with LoRA and one without for each size; a step with chunks of
-prompts is launched as it comes. Every kernel of ours gives a row the same bits whatever else is in the
-batch; cuBLAS picks another kernel, hence another order of sums, for another number of rows, so the whole
-step does not promise that.
+few sizes of rows and of LoRA tiles and replayed as a CUDA graph; a step with chunks of prompts is launched as
+it comes. Every kernel of ours gives a row the same bits whatever else is in the batch; cuBLAS picks another
+kernel, hence another order of sums, for another number of rows, so the whole step does not promise that.
 
 This was written without a GPU at hand: the tests run it on a CPU in Triton's interpreter, and compile the
 kernels for an H100 (tests/serve_apps/engine/test_cuda_*.py). No figure of its speed has been measured."""
@@ -70,12 +69,13 @@ class CudaRunner:
     def shape(self) -> Shape:
         return self._model.shape
 
+    @torch.inference_mode()
     def capture(self) -> None:
         """Make every step of single tokens ready, so that no request waits for it: seconds, before the
         first."""
         for num_rows in DECODE_SIZES:
-            for uses_adapters in (False, True):
-                self._decoding(num_rows, uses_adapters)
+            for num_tiles in (0, *(size for size in DECODE_SIZES if size <= num_rows)):
+                self._decoding(num_rows, num_tiles)
 
     def fit(self, factors: Mapping[str, Factors]) -> DeviceAdapter:
         """Pack an adapter and send it to the device, past the steps that are running."""
@@ -103,12 +103,12 @@ class CudaRunner:
             sizes = numbers.sizes
             flat = host_numbers(numbers, sizes, device).to(device, non_blocking=True)
             return self._forward(Step.of(flat, sizes, self._block_size))
-        num_rows = next(size for size in DECODE_SIZES if size >= len(plan.rows))
-        logits = self._decoding(num_rows, bool(numbers.lora))(numbers.padded(num_rows))
+        num_rows, num_tiles = _next_size(len(plan.rows)), _next_size(len(numbers.lora))
+        logits = self._decoding(num_rows, num_tiles)(numbers.padded(num_rows))
         return logits[numbers.sampled]
 
-    def _decoding(self, num_rows: int, uses_adapters: bool) -> CapturedStep:
-        sizes = Sizes.decoding(num_rows, uses_adapters, self._table_width)
+    def _decoding(self, num_rows: int, num_tiles: int) -> CapturedStep:
+        sizes = Sizes.decoding(num_rows, num_tiles, self._table_width)
         if sizes not in self._captured:
             self._captured[sizes] = CapturedStep(
                 self._forward, sizes, self._block_size, self._model.device, self._pool
@@ -138,3 +138,7 @@ class CudaRunner:
         qkv = self._project(x, layer, "qkv", step).view(len(x), -1, shape.head_dim)
         query = rotate_and_store(qkv, self._rotary, step.positions, step.slots, keys, values)
         return attend(query, keys, values, step.queries, step.positions, step.longest).flatten(1)
+
+
+def _next_size(number: int) -> int:
+    return next(size for size in (0, *DECODE_SIZES) if size >= number)

@@ -28,10 +28,9 @@ class Sizes:
     table_width: int
 
     @staticmethod
-    def decoding(num_rows: int, uses_adapters: bool, table_width: int) -> "Sizes":
-        """Of ``num_rows`` rows of one token, each perhaps of an adapter of its own."""
-        num_tiles = num_rows if uses_adapters else 0
-        return Sizes(num_rows, num_rows, num_tiles, num_rows, num_rows, table_width)
+    def decoding(num_rows: int, num_lora_tiles: int, table_width: int) -> "Sizes":
+        """Of rows of one token that all sample."""
+        return Sizes(num_rows, num_rows, num_lora_tiles, num_rows, num_rows, table_width)
 
     @property
     def parts(self) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ NUMBERS = ("entry", "num_tokens", "num_blocks", "table_width", "query_stride", "
 INTEGERS = ("firsts", "counts", "addresses", "starts", "table_rows", "tables", "positions", "slots")
 SUMS = ("y", "parts", "sums")  # fp32; whatever else is an argument is bf16
 SHARED = {"ROWS": ROWS, "OPERAND": tl.bfloat16}
-OF_LORA = {**SHARED, "RANKS": lora.RANKS, "MOST": 3 * MAX_RANK}
+OF_LORA = {**SHARED, "RANKS": lora.RANKS, "MOST": 3 * MAX_RANK, "ALIGNED": lora.ALIGNED}
 SHRINK = {**OF_LORA, "D_IN": 4096, "SPLIT": lora.SPLIT, "STEP": lora.STEP}
 EXPAND = {
     **OF_LORA,
