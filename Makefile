@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup check format types contracts test test-slow demo demo-fresh audit bench-serving bench-gateway soak clean
+.PHONY: help setup check format types contracts test test-slow demo demo-fresh audit bench-serving bench-gateway bench-gpu soak clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -54,6 +54,9 @@ soak: $(READY)  ## half an hour of load, cancels, bad adapters and kills, and th
 
 bench-gateway: $(READY)  ## what the gateway costs where nothing is generated
 	$(BIN)/python -m tests.bench.serving.gateway --out tests/bench/serving/gateway.json
+
+bench-gpu: $(READY)  ## the bare engine on a CUDA device, at the shapes of an 8B Llama
+	$(BIN)/python -m tests.bench.serving.gpu --out tests/bench/serving/gpu.json
 
 clean:  ## forget everything but the sources
 	rm -rf $(VENV) .openledger build dist *.egg-info

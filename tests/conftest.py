@@ -1,9 +1,17 @@
 """Fixtures everybody uses: settings in a temporary home, storage, a migrated database, a real PostgreSQL."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+
+if (
+    not torch.cuda.is_available()
+):  # Triton reads this once, when it is first imported, which transformers does
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from sqlalchemy import Engine, text

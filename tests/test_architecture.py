@@ -13,6 +13,7 @@ MODULES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py
 
 ADDRESSES = {
     "deepspeed": ("pipelines/finetune_worker.py",),
+    "triton": ("serve_apps/engine/cuda/",),
     "web3": ("chain/rollup.py",),
     "vllm": ("serve_apps/engine/vllm_engine.py",),
     "llguidance": ("serve_apps/engine/grammar.py",),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 import torch
 
@@ -62,7 +63,14 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
 
 
 def _runner(decoder: Decoder, config: EngineConfig) -> Runner:
-    """The kernels of this processor where they compute this model, else torch."""
+    """The kernels of this processor or device where they compute this model, else torch."""
+    if config.is_native and decoder.device.type == "cuda" and find_spec("triton"):
+        from serve_apps.engine.cuda.runner import CudaRunner
+
+        num_blocks = config.kv_bytes // CudaRunner.block_bytes(decoder, config.block_size)
+        on_device = CudaRunner(decoder, num_blocks, config.block_size, config.limits.max_length)
+        on_device.capture()
+        return on_device
     kernels = load_kernels() if config.is_native and runs(decoder, config.block_size) else None
     if kernels is None:
         num_blocks = config.kv_bytes // ModelRunner.block_bytes(decoder, config.block_size)
