@@ -18,6 +18,7 @@ from serve_apps.engine.kv_cache import BlockPool
 from serve_apps.engine.model_runner import ModelRunner
 from serve_apps.engine.native.library import load_kernels
 from serve_apps.engine.native_runner import NativeRunner, runs
+from serve_apps.engine.one_by_one import OneByOne
 from serve_apps.engine.scheduler import Limits, Scheduler
 from serve_apps.engine.unembedding import Unembedding
 
@@ -33,6 +34,7 @@ class EngineConfig:
     limits: Limits = field(default_factory=Limits)
     adapters: CacheLimits = field(default_factory=CacheLimits)
     is_native: bool = True  # our kernels wherever they apply; False: torch alone, the oracle of the tests
+    is_deterministic: bool = False  # the company in a batch moves no bit; our kernels promise that anyway
 
 
 def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Engine:
@@ -61,7 +63,8 @@ def _runner(decoder: Decoder, config: EngineConfig) -> Runner:
     kernels = load_kernels() if config.is_native and runs(decoder, config.block_size) else None
     if kernels is None:
         num_blocks = config.kv_bytes // ModelRunner.block_bytes(decoder, config.block_size)
-        return ModelRunner(decoder, num_blocks, config.block_size)
+        plain = ModelRunner(decoder, num_blocks, config.block_size)
+        return OneByOne(plain) if config.is_deterministic else plain
     num_blocks = config.kv_bytes // NativeRunner.block_bytes(decoder)
     return NativeRunner(decoder, num_blocks, kernels, torch.get_num_threads())
 
