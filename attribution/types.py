@@ -6,12 +6,15 @@ at the borders only. Money is ``*_gwei``: integers of 10^-9 token, below 2^63.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from attribution.codec import Decoder, Encoder
-from attribution.errors import Corrupted
+from attribution.errors import Corrupted, Rejected
 from attribution.hashing import keccak256, sha256
 
 ZERO_ID = bytes(32)
+PPM = 1_000_000
+MAX_BLEND_PARTS = 8
 
 
 def contributor_id(wallet: bytes) -> bytes:
@@ -205,6 +208,51 @@ class Adapter:
     @property
     def ref(self) -> str:
         return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class BlendPart:
+    adapter_id: bytes
+    weight_ppm: int
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Several adapters at once: the update of every linear is the sum of theirs, each times its weight. Fees
+    follow the weights. Parts are sorted by adapter id."""
+
+    parts: tuple[BlendPart, ...]
+
+    def __post_init__(self) -> None:
+        ids, weights = [part.adapter_id for part in self.parts], [part.weight_ppm for part in self.parts]
+        if not 2 <= len(ids) <= MAX_BLEND_PARTS:
+            given = f"a blend of {len(ids)} adapters; 2 to {MAX_BLEND_PARTS} are allowed"
+            raise Rejected("blend_parts", given, field="model")
+        if any(before >= after for before, after in pairwise(ids)) or ZERO_ID in ids:
+            given = "a blend's adapters are distinct and sorted, and none of them is the base model"
+            raise Rejected("blend_parts", given, field="model")
+        if min(weights) < 1 or sum(weights) != PPM:
+            given = f"weights {weights} in parts per million sum to {sum(weights)}, not {PPM}"
+            raise Rejected("blend_weights", given, field="model")
+
+    def canonical(self) -> bytes:
+        e = Encoder("openledger/blend/1")
+        e.each(self.parts, lambda enc, part: enc.id32(part.adapter_id).u64(part.weight_ppm))
+        return e.finish()
+
+    @staticmethod
+    def from_canonical(data: bytes) -> "Blend":
+        d = Decoder(data, "openledger/blend/1")
+        parts = d.each(lambda dec: BlendPart(dec.id32(), dec.u64()))
+        d.finish()
+        try:
+            return Blend(parts)
+        except Rejected as refusal:
+            raise Corrupted(refusal.code, refusal.message, field=refusal.field) from refusal
+
+    @property
+    def blend_id(self) -> bytes:
+        return sha256(self.canonical())
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from cluster import adapters as adapter_files
 from cluster.models import BaseModel, linear_shapes, load_base, load_tokenizer
 from cluster.storage import Storage
 from serve_apps.engine.adapter_cache import AdapterCache, CacheLimits, Loaded
+from serve_apps.engine.blending import RecentBlends, blended
 from serve_apps.engine.engine import Engine, FittedAdapter, Runner
 from serve_apps.engine.families import Decoder, fuse_decoder
 from serve_apps.engine.grammar import Grammars
@@ -44,13 +45,15 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
     decoder = fuse_decoder(model)
     del model
     runner = _runner(decoder, config)
-    load = adapter_loader(storage, base.base_id, linear_shapes(base.path), runner.fit)
+    blends = RecentBlends()
+    load = adapter_loader(storage, base.base_id, linear_shapes(base.path), runner.fit, blends)
     tokenizer = load_tokenizer(base.path)
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return Engine(
         runner,
         Scheduler(config.limits, BlockPool(runner.num_blocks, config.block_size)),
         AdapterCache(load, config.adapters),
+        blends,
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
         constrain=Grammars(tokenizer, decoder.shape.vocabulary, eos_ids).constraint,
         embed=Unembedding(decoder.head).embedding,
@@ -74,14 +77,24 @@ def adapter_loader(
     base_id: bytes,
     shapes: Mapping[str, tuple[int, int]],
     fit: Callable[[Mapping[str, adapter_files.Factors]], FittedAdapter],
+    blends: RecentBlends,
 ) -> Callable[[bytes], Loaded[FittedAdapter]]:
-    """Read, check and fit one adapter to a runner; the result runs on a thread of the cache."""
+    """Read, check and fit one adapter, or the parts of a blend, to a runner; the result runs on a thread of
+    the cache."""
 
-    def load(adapter_id: bytes) -> Loaded[FittedAdapter]:
+    def read(adapter_id: bytes) -> Mapping[str, adapter_files.Factors]:
         packed = storage.get(adapter_files.adapter_key(adapter_id))
         if sha256(packed) != adapter_id:
             raise Corrupted("adapter_hash", f"{adapter_id.hex()} hashes to {sha256(packed).hex()}")
-        fitted = fit(adapter_files.unpack(packed, base_id, shapes).factors)
+        return adapter_files.unpack(packed, base_id, shapes).factors
+
+    def load(adapter_id: bytes) -> Loaded[FittedAdapter]:
+        blend = blends.get(adapter_id)
+        if blend is None:
+            fitted = fit(read(adapter_id))
+        else:
+            parts = [read(part.adapter_id) for part in blend.parts]
+            fitted = fit(blended(parts, [part.weight_ppm for part in blend.parts]))
         return Loaded(fitted, fitted.size_bytes)
 
     return load
