@@ -170,6 +170,7 @@ def engine_config(settings: EngineSettings) -> EngineConfig:
         device=device,
         dtype=dtypes[settings.dtype],
         kv_bytes=settings.kv_bytes,
+        is_deterministic=settings.is_deterministic,
         limits=Limits(
             max_batch_tokens=settings.max_batch_tokens,
             max_running=settings.max_running,

@@ -15,6 +15,7 @@ from attribution.errors import Corrupted, Refusal, Rejected
 from attribution.types import ZERO_ID
 from cluster.adapters import Factors
 from serve_apps.engine.adapter_cache import AdapterCache
+from serve_apps.engine.blending import RecentBlends
 from serve_apps.engine.decoder import Shape
 from serve_apps.engine.grammar import Constrain, Constraint
 from serve_apps.engine.sampling import logprob_of, sample
@@ -89,6 +90,7 @@ class Engine:
         runner: Runner,
         scheduler: Scheduler,
         adapters: AdapterCache[FittedAdapter],
+        blends: RecentBlends,
         decode: Decode,
         constrain: Constrain,
         embed: Callable[[Tensor], str],
@@ -97,6 +99,7 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._adapters = adapters
+        self._blends = blends
         self._decode = decode
         self._constrain = constrain
         self._embed = embed
@@ -126,6 +129,8 @@ class Engine:
             )
         constraint = self._constrain(sampling.grammar) if sampling.grammar else None
         answer = _Answer(request, TextStream(self._decode, sampling.stop), constraint)
+        if request.blend is not None:
+            self._blends.add(request.blend)
         with self._inbox.changed:
             self._inbox.answers.append(answer)
             self._inbox.changed.notify()

@@ -12,6 +12,7 @@ from cluster import adapters as adapter_files
 from cluster.models import BaseModel, linear_shapes, load_base, load_tokenizer
 from cluster.storage import Storage
 from serve_apps.engine.adapter_cache import AdapterCache, CacheLimits, Loaded
+from serve_apps.engine.blending import RecentBlends, blended
 from serve_apps.engine.decoder import Decoder
 from serve_apps.engine.engine import Engine, FittedAdapter, Runner
 from serve_apps.engine.families import fuse_decoder
@@ -20,6 +21,7 @@ from serve_apps.engine.kv_cache import BlockPool
 from serve_apps.engine.model_runner import ModelRunner
 from serve_apps.engine.native.library import load_kernels
 from serve_apps.engine.native_runner import NativeRunner, runs
+from serve_apps.engine.one_by_one import OneByOne
 from serve_apps.engine.scheduler import Limits, Scheduler
 from serve_apps.engine.unembedding import Unembedding
 
@@ -35,6 +37,7 @@ class EngineConfig:
     limits: Limits = field(default_factory=Limits)
     adapters: CacheLimits = field(default_factory=CacheLimits)
     is_native: bool = True  # our kernels wherever they apply; False: torch alone, the oracle of the tests
+    is_deterministic: bool = False  # the company in a batch moves no bit; our kernels promise that anyway
 
 
 def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Engine:
@@ -45,7 +48,8 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
     decoder = fuse_decoder(model, config.limits.max_length)
     del model
     runner = _runner(decoder, config)
-    load = adapter_loader(storage, base.base_id, linear_shapes(base.path), runner.fit)
+    blends = RecentBlends()
+    load = adapter_loader(storage, base.base_id, linear_shapes(base.path), runner.fit, blends)
     tokenizer = load_tokenizer(base.path)
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return Engine(
@@ -55,6 +59,7 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
             BlockPool(runner.num_blocks, config.block_size),
         ),
         AdapterCache(load, config.adapters),
+        blends,
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
         constrain=Grammars(tokenizer, decoder.shape.vocabulary, eos_ids).constraint,
         embed=Unembedding(decoder.head).embedding,
@@ -74,7 +79,8 @@ def _runner(decoder: Decoder, config: EngineConfig) -> Runner:
     kernels = load_kernels() if config.is_native and runs(decoder, config.block_size) else None
     if kernels is None:
         num_blocks = config.kv_bytes // ModelRunner.block_bytes(decoder, config.block_size)
-        return ModelRunner(decoder, num_blocks, config.block_size)
+        plain = ModelRunner(decoder, num_blocks, config.block_size)
+        return OneByOne(plain) if config.is_deterministic else plain
     num_blocks = config.kv_bytes // NativeRunner.block_bytes(decoder)
     return NativeRunner(decoder, num_blocks, kernels, torch.get_num_threads())
 
@@ -84,14 +90,24 @@ def adapter_loader(
     base_id: bytes,
     shapes: Mapping[str, tuple[int, int]],
     fit: Callable[[Mapping[str, adapter_files.Factors]], FittedAdapter],
+    blends: RecentBlends,
 ) -> Callable[[bytes], Loaded[FittedAdapter]]:
-    """Read, check and fit one adapter to a runner; the result runs on a thread of the cache."""
+    """Read, check and fit one adapter, or the parts of a blend, to a runner; the result runs on a thread of
+    the cache."""
 
-    def load(adapter_id: bytes) -> Loaded[FittedAdapter]:
+    def read(adapter_id: bytes) -> Mapping[str, adapter_files.Factors]:
         packed = storage.get(adapter_files.adapter_key(adapter_id))
         if sha256(packed) != adapter_id:
             raise Corrupted("adapter_hash", f"{adapter_id.hex()} hashes to {sha256(packed).hex()}")
-        fitted = fit(adapter_files.unpack(packed, base_id, shapes).factors)
+        return adapter_files.unpack(packed, base_id, shapes).factors
+
+    def load(adapter_id: bytes) -> Loaded[FittedAdapter]:
+        blend = blends.get(adapter_id)
+        if blend is None:
+            fitted = fit(read(adapter_id))
+        else:
+            parts = [read(part.adapter_id) for part in blend.parts]
+            fitted = fit(blended(parts, [part.weight_ppm for part in blend.parts]))
         return Loaded(fitted, fitted.size_bytes)
 
     return load

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from attribution.errors import Refusal, Rejected
-from attribution.types import ZERO_ID
+from attribution.types import ZERO_ID, Blend
 
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
 MAX_LOGPROBS = 20
@@ -97,6 +97,9 @@ class EngineRequest:
     """One generation. ``owner`` (a gateway) may cancel it and its death does; ``tenant`` (an account) is whom
     fairness and the sharing of cached prefixes are reckoned by.
 
+    Of a ``blend``, ``adapter_id`` is the id: all that the engine keys by an adapter it keys by that, and only
+    whoever loads it looks at the parts.
+
     An embedding is answered at the prompt's last token: no token, and as text ``Unembedding.embedding``."""
 
     request_id: bytes
@@ -106,6 +109,10 @@ class EngineRequest:
     sampling: SamplingParams
     adapter_id: bytes = ZERO_ID  # zero is the base model
     is_embedding: bool = False
+    blend: Blend | None = None
+
+    def __post_init__(self) -> None:
+        assert self.blend is None or self.adapter_id == self.blend.blend_id
 
     @property
     def max_length(self) -> int:
