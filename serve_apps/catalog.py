@@ -35,15 +35,15 @@ def resolve(session: Session, model: str, base_id: bytes, base_gwei_per_token: i
     """
     if model == BASE or model == base_ref(base_id):
         return ServedModel(base_ref(base_id), base_id, ZERO_ID, ZERO_ID, base_gwei_per_token)
-    adapter = adapters.resolve(session, model)
-    if adapter.base_id != base_id:
-        other = f"{adapter.ref} belongs to base {adapter.base_id.hex()}, here runs {base_id.hex()}"
+    row = adapters.served_row(session, model)
+    ref = f"{row.name}@{row.version}"
+    if row.base_id != base_id.hex():
+        other = f"{ref} belongs to base {row.base_id}, here runs {base_id.hex()}"
         raise Rejected("model_not_found", other, field="model", http_status=404)
-    row = session.get_one(AdapterRow, adapter.adapter_id.hex())
     return ServedModel(
-        ref=adapter.ref,
+        ref=ref,
         base_id=base_id,
-        adapter_id=adapter.adapter_id,
+        adapter_id=bytes.fromhex(row.adapter_id),
         index_id=bytes.fromhex(row.index_id) if row.index_id else ZERO_ID,
         price_gwei_per_token=row.price_gwei_per_token,
     )
