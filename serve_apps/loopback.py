@@ -1,7 +1,7 @@
 """Keeps the port that Ray Serve opens for calls between deployments on this machine.
 
-Ray 2.60 binds it to every interface, without its token, and unpickles what arrives (serve/_private/replica.py):
-on a laptop that would be a way in for the whole network. In a cluster the network policy closes it."""
+Ray 2.60 binds it to every interface, without its token, and unpickles what arrives (in its replica.py): on a
+laptop that would be a way in for the whole network. In a cluster the network policy closes it."""
 
 from ray.serve._private import replica
 
