@@ -27,6 +27,7 @@ def environment(folder: Path, free_port: Callable[[], int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(os.cpu_count() or 1),
+        "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",  # a loaded laptop needs longer than 30 s
     }
 
 
