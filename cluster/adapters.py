@@ -205,10 +205,15 @@ def resolve(session: Session, ref: str) -> Adapter:
     Raises:
         Rejected: 404 ``model_not_found``, 410 ``model_withdrawn``.
     """
+    return _adapter(served_row(session, ref))
+
+
+def served_row(session: Session, ref: str) -> AdapterRow:
+    """What ``resolve`` reads, and raises."""
     row = _row(session, ref)
     if row.withdrawn_at is not None:
         raise Rejected("model_withdrawn", f"{ref} was withdrawn", field="model", http_status=410)
-    return _adapter(row)
+    return row
 
 
 def price_gwei_per_token(session: Session, adapter: Adapter) -> int:

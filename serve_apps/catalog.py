@@ -49,16 +49,16 @@ def resolve(session: Session, model: str, base_id: bytes, base_gwei_per_token: i
     return _adapter(session, model, base_id)
 
 
-def _adapter(session: Session, ref: str, base_id: bytes) -> ServedModel:
-    adapter = adapters.resolve(session, ref)
-    if adapter.base_id != base_id:
-        other = f"{adapter.ref} belongs to base {adapter.base_id.hex()}, here runs {base_id.hex()}"
+def _adapter(session: Session, asked: str, base_id: bytes) -> ServedModel:
+    row = adapters.served_row(session, asked)
+    ref = f"{row.name}@{row.version}"
+    if row.base_id != base_id.hex():
+        other = f"{ref} belongs to base {row.base_id}, here runs {base_id.hex()}"
         raise Rejected("model_not_found", other, field="model", http_status=404)
-    row = session.get_one(AdapterRow, adapter.adapter_id.hex())
     return ServedModel(
-        ref=adapter.ref,
+        ref=ref,
         base_id=base_id,
-        adapter_id=adapter.adapter_id,
+        adapter_id=bytes.fromhex(row.adapter_id),
         index_id=bytes.fromhex(row.index_id) if row.index_id else ZERO_ID,
         price_gwei_per_token=row.price_gwei_per_token,
     )

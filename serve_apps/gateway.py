@@ -18,6 +18,7 @@ from cluster.storage import open_storage
 from cluster.transcripts import key_path, load_key
 from serve_apps.engine.grammar import Grammars
 from serve_apps.http_app import build_app
+from serve_apps.loopback import bind_to_loopback
 from serve_apps.services import Limits, Services
 from serve_apps.sessions import Sessions, Terms
 from serve_apps.worker import ActorDoor
@@ -30,6 +31,8 @@ class Gateway:
     """The Serve ingress. Any number of replicas may run: all they share is the database."""
 
     def __init__(self, settings: Settings, workers: DeploymentHandle) -> None:
+        if not settings.ray.address:
+            bind_to_loopback()
         self._settings = settings
         self._workers = workers
 

@@ -66,17 +66,18 @@ class Keys:
     latest. Refusals are not kept, nor the keys themselves."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+        self.clock = clock
         self._known: dict[bytes, tuple[Account, float]] = {}  # SHA-256 of a key → its account, and since when
 
     def account_of(self, key: str) -> Account | None:
         known = self._known.get(_digest(key))
-        return known[0] if known is not None and self._clock() - known[1] < TRUST_S else None
+        return known[0] if known is not None and self.clock() - known[1] < TRUST_S else None
 
-    def trust(self, key: str, account: Account) -> None:
+    def trust(self, key: str, account: Account, asked_at: float) -> None:
+        """``asked_at``: when the database was asked, which may have been a while before it answered."""
         if len(self._known) >= MAX_TRUSTED:
             self._known.clear()
-        self._known[_digest(key)] = (account, self._clock())
+        self._known[_digest(key)] = (account, asked_at)
 
 
 def _digest(key: str) -> bytes:
@@ -134,8 +135,9 @@ async def account_of(request: Request, authorization: Annotated[str | None, Head
     shared, key = services_of(request), key.strip()
     account = shared.keys.account_of(key)
     if account is None:
+        asked_at = shared.keys.clock()
         account = await shared.read(lambda session: accounts.authenticate(session, key))
-        shared.keys.trust(key, account)
+        shared.keys.trust(key, account, asked_at)
     return account
 
 

@@ -28,6 +28,7 @@ from serve_apps.engine.scheduler import Limits
 from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest
 from serve_apps.engine.vllm_engine import VllmConfig, VllmEngine, build_vllm_engine
 from serve_apps.engine_host import EngineHost
+from serve_apps.loopback import bind_to_loopback
 
 NAMESPACE = "openledger"
 
@@ -77,6 +78,8 @@ class Worker:
     """The Serve deployment: owns the engine's process and says where it is."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        if not settings.ray.address:
+            bind_to_loopback()
         self._worker_id = uuid.uuid4().hex[:12]
         self._max_running = settings.engine.max_running
         # Threads that sleep while they wait. Measured with two at load 4 on two cores, batch 32, SmolLM2-135M

@@ -92,7 +92,6 @@ class VllmEngine:
         num_waiting = self.load().num_waiting
         if num_waiting >= self._limits.max_waiting:
             raise Unavailable("engine_full", f"{num_waiting} requests are waiting already")
-        sampling_values(request.sampling)
         with self._changed:
             self._arrived.append(request)
             self._changed.notify()
@@ -116,7 +115,7 @@ class VllmEngine:
             num_waiting=max(0, len(self._answers) + len(self._arrived) - num_running),
             num_free_blocks=blocks.get_num_free_blocks(),
             num_blocks=blocks.num_gpu_blocks,
-            resident_adapters=tuple(self._numbers),
+            resident_adapters=tuple(self._numbers),  # asked for so far: vLLM drops and reloads by itself
             max_waiting=self._limits.max_waiting,
         )
 

@@ -39,14 +39,14 @@ class Deployed:
     def pids(self, title: str) -> list[int]:
         """Our head's processes whose Ray title names ``title``."""
         own = head.processes(self.settings)
-        return [p.pid for p in own if p.is_running() and title in " ".join(_cmdline(p))]
+        return [p.pid for p in own if p.is_running() and title in command_of(p)]
 
 
-def _cmdline(process: psutil.Process) -> list[str]:
+def command_of(process: psutil.Process) -> str:
     try:
-        return list(process.cmdline())
+        return " ".join(process.cmdline())
     except psutil.Error:
-        return []
+        return ""
 
 
 def wait_until(is_so: Callable[[], bool], timeout_s: float = 120) -> None:

@@ -336,7 +336,7 @@ def test_a_revoked_key_is_trusted_for_a_second_at_most(gateway: Gateway) -> None
     gateway.wait_until(lambda: http.get("/v1/models").status_code == 401)
     now = 100.0
     keys = Keys(lambda: now)
-    keys.trust("a", account)
+    keys.trust("a", account, now)
     assert keys.account_of("b") is None
     now += TRUST_S - 0.01
     assert keys.account_of("a") == account
