@@ -103,8 +103,8 @@ async def metrics(shared: Shared) -> Response:
 
 
 class _Guard:
-    """Refuses a body that is too large, announced or not, or too slow, and whoever comes while as many requests
-    are open here as may be. Counts every answer by route and status."""
+    """Refuses a body that is too large, announced or not, or too slow, and whoever comes while as many
+    requests are open here as may be. Counts every answer by route and status."""
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
