@@ -113,9 +113,7 @@ class EngineSettings(Values):
     max_waiting: int = 64
     max_context_tokens: int = 2_048
     max_completion_tokens: int = 512
-    reuses_prefixes: bool = (
-        True  # a prompt's beginning that this tenant's requests had before is not computed
-    )
+    reuses_prefixes: bool = True  # what earlier prompts of a tenant began with is not computed again
 
 
 class Settings(BaseSettings):
