@@ -122,9 +122,7 @@ class EngineSettings(Values):
     is_deterministic: bool = False  # company in a batch moves no bit of an answer; in torch a pass per token
     max_context_tokens: int = 2_048
     max_completion_tokens: int = 512
-    reuses_prefixes: bool = (
-        True  # a prompt's beginning that this tenant's requests had before is not computed
-    )
+    reuses_prefixes: bool = True  # what earlier prompts of a tenant began with is not computed again
 
 
 class Settings(BaseSettings):

@@ -30,8 +30,7 @@ def build(settings: Settings) -> serve.Application:
     gateway = serve.deployment(serve.ingress()(Gateway)).options(
         name="Gateway",
         ray_actor_options={"num_cpus": 0.05},
-        max_ongoing_requests=1000,
-        max_queued_requests=1000,
+        max_ongoing_requests=100_000,  # it refuses by itself: Serve's own 503 has no Retry-After
         graceful_shutdown_timeout_s=settings.engine.drain_timeout_s,
     )
     return gateway.bind(settings, worker.bind(settings))

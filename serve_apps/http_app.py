@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import generate_latest
 from sqlalchemy import text
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from attribution.errors import Refusal, Unavailable
@@ -22,6 +23,7 @@ from serve_apps.services import Services, Shared
 log = logging.getLogger(__name__)
 
 RECURSION_LIMIT = 1000  # Python's own
+OPERATORS = ("/healthz", "/metrics")  # answered however full it is
 
 Keeper = Callable[[Services], Awaitable[None]]
 
@@ -103,17 +105,27 @@ async def metrics(shared: Shared) -> Response:
 
 
 class _Guard:
-    """Refuses a body that is too large, announced or not, or too slow: it would hold one of the places that a
-    gateway has. Counts every answer by route and status."""
+    """Refuses a body that is too large, announced or not, or too slow, and whoever comes while as many
+    requests are open here as may be. Counts every answer by route and status."""
 
     def __init__(self, app: ASGIApp, services: Services) -> None:
         self._app = app
         self._services = services
+        self._num_open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_bounded = scope["path"] not in OPERATORS
+        self._num_open += is_bounded
+        try:
+            is_full = self._num_open > self._services.limits.max_open_requests
+            await self._answer(scope, receive, send, is_full and is_bounded)
+        finally:
+            self._num_open -= is_bounded
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, is_full: bool) -> None:
         limits, size, is_whole = self._services.limits, 0, False
         deadline = asyncio.get_running_loop().time() + limits.body_within_s
         most = limits.max_shard_bytes if scope["path"].startswith("/datanets/") else limits.max_body_bytes
@@ -138,6 +150,10 @@ class _Guard:
                 self._services.metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
+        if is_full:
+            full = Unavailable("gateway_full", f"{limits.max_open_requests} requests are open here already")
+            await http_errors.respond(Request(scope), full)(scope, receive, counted)
+            return
         await self._app(scope, bounded, counted)
 
 

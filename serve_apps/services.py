@@ -38,6 +38,7 @@ class Limits:
     max_completion_tokens: int
     max_body_bytes: int = 2**20
     body_within_s: float = 30.0
+    max_open_requests: int = 1000  # of one gateway, answers under way included
     max_shard_bytes: int = 64 * 2**20
 
 

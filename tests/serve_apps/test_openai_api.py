@@ -244,6 +244,34 @@ def test_a_body_that_stops_in_the_middle_is_refused(gateway: Gateway) -> None:
     assert (reply.status_code, reply.json()["error"]["code"]) == (408, "body_too_slow")
 
 
+def test_a_full_gateway_says_when_to_come_again_and_still_tells_how_it_is(gateway: Gateway) -> None:
+    limits = replace(gateway.services.limits, max_open_requests=1, body_within_s=60)
+    app = build_app(replace(gateway.services, limits=limits))
+
+    async def scenario() -> None:
+        is_in, may_end = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            is_in.set()
+            await may_end.wait()
+            yield b"{}"
+
+        bearer = {"Authorization": f"Bearer {gateway.key}"}
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here", headers=bearer) as http:
+            first = asyncio.create_task(http.post("/v1/completions", content=slow()))
+            await is_in.wait()
+            refused = await http.get("/v1/models")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "gateway_full")
+            assert refused.headers["Retry-After"] == "1"
+            assert (await http.get("/metrics")).status_code == 200
+            may_end.set()
+            assert (await first).status_code == 400
+            assert (await http.get("/v1/models")).status_code == 200
+
+    asyncio.run(scenario())
+
+
 def test_without_credit_there_is_no_answer(gateway: Gateway) -> None:
     poor = gateway.client(gateway.new_key(deposit_gwei=100))
     with pytest.raises(openai.APIStatusError) as refused:

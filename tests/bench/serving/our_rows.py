@@ -10,10 +10,9 @@ from tests.bench.serving import http_client
 from tests.bench.serving.http_client import Server
 from tests.bench.serving.ours import Platform, platform
 from tests.bench.serving.rows import Plan, Row, Rows
-from tests.bench.serving.workloads import RANKS, SWEEP, W1, W2, W4, Ask, asks
+from tests.bench.serving.workloads import NUM_COLD, RANKS, SWEEP, W1, W2, W4, Ask, asks
 
 NUM_REGISTERED = 10_000
-NUM_COLD = 7  # asked one after the other on an idle engine
 NUM_STREAMS, STREAM_TOKENS = 8, 160
 NUM_NEWCOMERS, NEWCOMER_EVERY_S = 4, 0.5
 

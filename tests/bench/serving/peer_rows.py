@@ -19,9 +19,7 @@ from tests.bench.serving.http_client import Server
 from tests.bench.serving.peers import vllm_peer
 from tests.bench.serving.peers.peft_files import write_adapters
 from tests.bench.serving.rows import Plan, Row, Rows
-from tests.bench.serving.workloads import RANKS, W1, W2, W4, Ask, Workload, asks, part
-
-NUM_COLD = 5
+from tests.bench.serving.workloads import NUM_COLD, RANKS, W1, W2, W4, Ask, Workload, asks, part
 
 
 @dataclass(frozen=True, slots=True)

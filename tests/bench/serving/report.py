@@ -75,13 +75,13 @@ def best_peer(found: Found, work: str) -> str | None:
 
 def show(found: Found, of: list[Goal]) -> None:
     """Every row with a speed, against the best peer's, then the goals."""
+    print(f"{'row':22} tokens/s  first token s  gap ms  runs  against the best peer")
     for name, row in found.items():
         work = name.partition("/")[2]
         best = best_peer(found, work.split("_")[0] if work.startswith("w") else "w1")
-        if "tokens_per_s" in row and best is not None:
-            times = row["tokens_per_s"] / found[best]["tokens_per_s"]
-            print(
-                f"{name:24} {row['tokens_per_s']:8.1f} tokens/s {times:6.2f} x {best}, n={len(row['runs'])}"
-            )
+        if "first_p50_s" in row:
+            times = f"{row['tokens_per_s'] / found[best]['tokens_per_s']:.2f} x {best}" if best else ""
+            figures = f"{row['tokens_per_s']:8.1f} {row['first_p50_s']:14.2f} {row['gap_p50_ms']:7.1f}"
+            print(f"{name:22} {figures} {len(row['runs']):5}  {times}")
     for goal in of:
         print(goal)

@@ -14,6 +14,7 @@ from typing import Any
 
 RANKS = (8, 16)  # of adapters, in turn
 AT_ONCE = 64
+NUM_COLD = 7  # adapters that nobody has asked for yet, asked one after the other on an idle engine
 
 
 @dataclass(frozen=True, slots=True)

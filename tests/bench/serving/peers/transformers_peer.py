@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
+from cluster.models import load_base
 from tests.bench.serving.rows import Plan, repeated
 from tests.bench.serving.workloads import RANKS, WORKLOADS, Ask, Run, asks, row_of, summary
 
@@ -59,7 +59,7 @@ def run(model: torch.nn.Module, asked: Sequence[Ask], is_mixed: bool) -> Run:
 
 
 def loaded(model: Path, dtype: torch.dtype, adapters: Sequence[Path]) -> torch.nn.Module:
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True).eval()
+    base = load_base(model, dtype)
     if not adapters:
         return base
     peft = PeftModel.from_pretrained(base, adapters[0], adapter_name="a0")

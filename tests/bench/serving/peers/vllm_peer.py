@@ -67,24 +67,23 @@ def serving(
         NotHere: it did not start.
     """
     python, port = installed(folder), free_port()
-    command = [
-        *(
-            str(python),
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-        ),
-        *("--model", str(model), "--served-model-name", "base", "--dtype", dtype, "--max-model-len", "2048"),
-        *("--max-num-seqs", str(AT_ONCE), "--no-enable-log-requests"),
-    ]
     names = [folder.name for folder in adapters]
+    options = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--model": str(model),
+        "--served-model-name": "base",
+        "--dtype": dtype,
+        "--max-model-len": "2048",
+        "--max-num-seqs": str(AT_ONCE),
+    }
     if adapters:
-        command += ["--enable-lora", "--max-loras", "16", "--max-cpu-loras", "64"]
-        command += ["--max-lora-rank", str(max(RANKS)), "--lora-modules"]
-        command += [f"{name}={path}" for name, path in zip(names, adapters, strict=True)]
+        options |= {"--max-loras": "16", "--max-cpu-loras": "64", "--max-lora-rank": str(max(RANKS))}
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--no-enable-log-requests"]
+    command += [text for option in options.items() for text in option]
+    if adapters:
+        known = [f"{name}={path}" for name, path in zip(names, adapters, strict=True)]
+        command += ["--enable-lora", "--lora-modules", *known]
     with log.open("w") as output:
         started = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=_environment(folder), start_new_session=True
