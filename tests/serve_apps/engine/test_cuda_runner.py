@@ -13,7 +13,8 @@ from attribution.types import ZERO_ID
 from cluster.models import load_base
 from serve_apps.engine.cuda.launch import IS_INTERPRETED
 from serve_apps.engine.cuda.runner import CudaRunner
-from serve_apps.engine.families import Decoder, fuse_decoder
+from serve_apps.engine.decoder import Decoder
+from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.kv_cache import BlockPool
 from serve_apps.engine.model_runner import ModelRunner
 from serve_apps.engine.scheduler import Limits, Scheduler, StepPlan
