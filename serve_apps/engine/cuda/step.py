@@ -144,6 +144,6 @@ class Numbers:
                 room = numbers[place : place + size].view(len(by_column), -1)
                 room[:, : by_column.shape[1]] = by_column
             place += size
-        tables = numbers[place:].view(-1, sizes.table_width)
-        for row, table in zip(tables, self.tables, strict=True):
-            row[: len(table)] = torch.tensor(table)
+        used = self.sizes.table_width
+        padded = [(*table, *[NULL_BLOCK] * (used - len(table))) for table in self.tables]
+        numbers[place:].view(-1, sizes.table_width)[:, :used] = torch.tensor(padded, dtype=torch.int64)
