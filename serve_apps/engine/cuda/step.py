@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attribution.types import ZERO_ID
 from serve_apps.engine.cuda.attention import QueryTiles
 from serve_apps.engine.cuda.lora import DeviceAdapter, Tiles, cut
 from serve_apps.engine.kv_cache import NULL_BLOCK, slots
@@ -102,10 +101,7 @@ class Numbers:
                 numbers.queries.append((first + done, count, row.start + done, index))
             if row.samples:
                 numbers.sampled.append(len(numbers.token_ids) - 1)
-        segments = [
-            (start, end, adapters[key].address) for key, start, end in plan.segments if key != ZERO_ID
-        ]
-        numbers.lora.extend(cut(segments))
+        numbers.lora.extend(cut([(start, end, adapters[key].address) for key, start, end in plan.segments]))
         return numbers
 
     @property
