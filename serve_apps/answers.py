@@ -63,6 +63,7 @@ class Order:
             prompt_ids=self.inputs[choice] if self.inputs else self.prompt_ids,
             sampling=replace(self.sampling, seed=seed),
             adapter_id=self.model.adapter_id,
+            blend=self.model.blend,
             is_embedding=bool(self.inputs),
         )
 

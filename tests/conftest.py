@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-if (
-    not torch.cuda.is_available()
-):  # Triton reads this once, when it is first imported, which transformers does
+# Triton reads this once, when it is first imported, which transformers does.
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest

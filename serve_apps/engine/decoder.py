@@ -134,3 +134,26 @@ def _ordered(factors: Factors | None, order: Tensor | None) -> Factors | None:
 def part_sizes(model: Decoder) -> dict[str, tuple[int, ...]]:
     """``d_out`` of the parts of each projection."""
     return {name: tuple(part.d_out for part in parts) for name, parts in model.parts.items()}
+
+
+def is_llama(model: Decoder) -> bool:
+    """RMS norms, rotary positions in every head, grouped-query attention to all that came before, gated SiLU,
+    and nothing else."""
+    extras = (model.embed_norm, model.positions, model.head_softcap, model.final_norm.bias)
+    first = model.layers[0].attention
+    return (
+        model.activation == "silu"
+        and "gate_up" in model.parts
+        and not model.is_parallel
+        and model.embed_scale == 1
+        and all(extra is None for extra in extras)
+        and first.rotary is not None
+        and first.scale == model.shape.head_dim**-0.5
+        and all(extra is None for extra in (first.window, first.softcap, first.key_bias))
+        and all(
+            layer.attention is first
+            and layer.attn_norm.eps == layer.mlp_norm.eps == model.final_norm.eps
+            and (layer.attn_post_norm or layer.mlp_post_norm or layer.query_norm or layer.key_norm) is None
+            for layer in model.layers
+        )
+    )

@@ -13,7 +13,7 @@ from cluster.models import BaseModel, linear_shapes, load_base, load_tokenizer
 from cluster.storage import Storage
 from serve_apps.engine.adapter_cache import AdapterCache, CacheLimits, Loaded
 from serve_apps.engine.blending import RecentBlends, blended
-from serve_apps.engine.decoder import Decoder
+from serve_apps.engine.decoder import Decoder, is_llama
 from serve_apps.engine.engine import Engine, FittedAdapter, Runner
 from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.grammar import Grammars
@@ -69,11 +69,11 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
 
 def _runner(decoder: Decoder, config: EngineConfig) -> Runner:
     """The kernels of this processor or device where they compute this model, else torch."""
-    if config.is_native and decoder.device.type == "cuda" and find_spec("triton"):
+    if config.is_native and decoder.device.type == "cuda" and is_llama(decoder) and find_spec("triton"):
         from serve_apps.engine.cuda.runner import CudaRunner
 
         num_blocks = config.kv_bytes // CudaRunner.block_bytes(decoder, config.block_size)
-        on_device = CudaRunner(decoder, num_blocks, config.block_size, config.limits.max_length)
+        on_device = CudaRunner(decoder, num_blocks, config.block_size, decoder.shape.max_length)
         on_device.capture()
         return on_device
     kernels = load_kernels() if config.is_native and runs(decoder, config.block_size) else None

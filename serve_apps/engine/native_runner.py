@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.adapters import Factors
-from serve_apps.engine.decoder import Decoder, Linear, Shape, part_sizes
+from serve_apps.engine.decoder import Decoder, Linear, Shape, is_llama, part_sizes
 from serve_apps.engine.native import library
 from serve_apps.engine.native.library import MAX_HEAD_DIM, PANEL, SLIM_PANEL, address
 from serve_apps.engine.scheduler import StepPlan
@@ -51,30 +51,7 @@ def runs(model: Decoder, block_size: int) -> bool:
         and block_size == PANEL
         and shape.head_dim % PANEL == 0
         and shape.head_dim <= MAX_HEAD_DIM
-        and _is_llama(model)
-    )
-
-
-def _is_llama(model: Decoder) -> bool:
-    """RMS norms, rotary positions in every head, grouped-query attention to all that came before, gated SiLU,
-    and nothing else."""
-    extras = (model.embed_norm, model.positions, model.head_softcap, model.final_norm.bias)
-    first = model.layers[0].attention
-    return (
-        model.activation == "silu"
-        and "gate_up" in model.parts
-        and not model.is_parallel
-        and model.embed_scale == 1
-        and all(extra is None for extra in extras)
-        and first.rotary is not None
-        and first.scale == model.shape.head_dim**-0.5
-        and all(extra is None for extra in (first.window, first.softcap, first.key_bias))
-        and all(
-            layer.attention is first
-            and layer.attn_norm.eps == layer.mlp_norm.eps == model.final_norm.eps
-            and (layer.attn_post_norm or layer.mlp_post_norm or layer.query_norm or layer.key_norm) is None
-            for layer in model.layers
-        )
+        and is_llama(model)
     )
 
 

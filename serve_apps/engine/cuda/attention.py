@@ -4,8 +4,8 @@ A tile is up to 16 rows: neighbouring tokens of one sequence times the query hea
 keys of a sequence are cut into splits of ``SPLIT`` whatever the batch; one program takes a tile through one
 split with an online softmax, and the pieces of a token are merged in their order. So a token's bits depend
 on its sequence alone: not on the batch, the chunks its prompt came in, or whether it was decoded or computed
-again after a preemption. Nothing beyond a token's own position is read into a sum, blocks need not be
-cleared.
+again after a preemption. Keys beyond a tile's last token are not read and those beyond a token weigh
+nothing, so blocks need not be cleared.
 
 One kernel instead of FlexAttention or SDPA on gathered keys: both choose other tiles, hence another order of
 sums, for prompts than for single tokens, and gathering writes every past key once more per layer and chunk.
@@ -61,28 +61,28 @@ def attend(
     num_splits = triton.cdiv(longest, SPLIT)
     parts = torch.empty(num_splits, num_tokens, num_heads, head_dim, dtype=torch.float32, device=query.device)
     sums = torch.empty(2, num_splits, num_tokens, num_heads, dtype=torch.float32, device=query.device)
-    out = torch.empty_like(query)
+    out = query.new_empty(query.shape)
     group = num_heads // num_kv_heads
     width = max(16, triton.next_power_of_2(head_dim))
     attend_split[(len(tiles.count), num_kv_heads, num_splits)](
         query, keys, values, parts, sums, tiles.first, tiles.count, tiles.start, tiles.row, tiles.tables,
-        head_dim**-0.5, num_tokens, num_blocks, tiles.tables.shape[1], query.stride(0),
-        HEADS=num_heads, GROUP=group, DIM=head_dim, WIDTH=width, BLOCK=block_size, SPLITS=num_splits,
+        head_dim**-0.5, num_tokens, num_splits, num_blocks, tiles.tables.shape[1], query.stride(0),
+        HEADS=num_heads, GROUP=group, DIM=head_dim, WIDTH=width, BLOCK=block_size,
         SPLIT=SPLIT, KEYS=KEYS, ROWS=max(ROWS, triton.next_power_of_2(group)), OPERAND=operand(query.dtype),
     )  # fmt: skip
     merge_splits[(num_tokens, num_heads)](
-        parts, sums, out, positions, num_tokens,
-        HEADS=num_heads, DIM=head_dim, WIDTH=width, SPLITS=num_splits, SPLIT=SPLIT, num_warps=1,
+        parts, sums, out, positions, num_tokens, num_splits,
+        HEADS=num_heads, DIM=head_dim, WIDTH=width, SPLIT=SPLIT, num_warps=1,
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "table_width"])
+@triton.jit(do_not_specialize=["num_tokens", "num_splits", "num_blocks", "table_width"])
 def attend_split(
     query, keys, values, parts, sums, firsts, counts, starts, table_rows, tables,
-    scale, num_tokens, num_blocks, table_width, query_stride,
+    scale, num_tokens, num_splits, num_blocks, table_width, query_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, SPLIT: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, OPERAND: tl.constexpr,
+    SPLIT: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """One tile through one split: its weighted values, the weights' sum and the largest score."""
     tile, kv_head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -122,13 +122,13 @@ def attend_split(
     piece = (split.to(tl.int64) * num_tokens + token) * HEADS + head
     tl.store(parts + piece[:, None] * DIM + columns[None, :], seen, mask=is_row & is_column)
     tl.store(sums + piece, highest, mask=offset < count)
-    tl.store(sums + SPLITS * num_tokens.to(tl.int64) * HEADS + piece, total, mask=offset < count)
+    tl.store(sums + num_splits.to(tl.int64) * num_tokens * HEADS + piece, total, mask=offset < count)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def merge_splits(
-    parts, sums, out, positions, num_tokens,
-    HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
+    parts, sums, out, positions, num_tokens, num_splits,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The pieces of one token and head, in order."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -141,7 +141,7 @@ def merge_splits(
         kept, added = tl.exp(highest - now), tl.exp(tl.load(sums + piece) - now)
         value = tl.load(parts + piece * DIM + columns, mask=columns < DIM, other=0.0)
         seen = seen * kept + value * added
-        total = total * kept + tl.load(sums + SPLITS * num_tokens.to(tl.int64) * HEADS + piece) * added
+        total = total * kept + tl.load(sums + num_splits.to(tl.int64) * num_tokens * HEADS + piece) * added
         highest = now
     tl.store(
         out + (token * HEADS + head) * DIM + columns,

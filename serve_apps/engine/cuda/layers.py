@@ -8,15 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from serve_apps.engine.decoder import Norm
+
 COLUMNS = 1024
 
 
-def add_and_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def add_and_norm(hidden: Tensor, update: Tensor | None, norm: Norm) -> Tensor:
     """Add ``update`` to ``hidden`` in place, if there is one; its RMS norm. All are ``[tokens, width]``."""
     num_tokens, width = hidden.shape
     out = torch.empty_like(hidden)
     add_and_norm_row[(num_tokens,)](
-        hidden, hidden if update is None else update, weight, out, eps,
+        hidden, hidden if update is None else update, norm.weight, out, norm.eps,
         ADDS=update is not None, WIDTH=width, COLUMNS=triton.next_power_of_2(width),
     )  # fmt: skip
     return out

@@ -11,7 +11,7 @@ factor from the L2 cache less often in a prompt, and would be another order of s
 Sources: segments and shrink/expand, Punica, arXiv:2310.18547; ranks unpadded in one pool, S-LoRA,
 arXiv:2311.03285 (its MBGMM kernel)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,12 +53,10 @@ class DeviceAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the parts of the fused projections are in a model: names of modules and numbers of columns."""
+    """Where in a model adapters apply: to the parts of each projection, of so many columns each."""
 
-    layers: tuple[
-        Mapping[str, tuple[str, ...]], ...
-    ]  # per layer and projection, the modules that are its parts
-    sizes: Mapping[str, tuple[int, ...]]  # columns of these parts
+    num_layers: int
+    sizes: Mapping[str, tuple[int, ...]]
 
     @property
     def width(self) -> int:
@@ -69,9 +67,13 @@ class Layout:
         """Where the entry begins in the table."""
         return (layer * len(self.sizes) + list(self.sizes).index(projection)) * self.width
 
-    def pack(self, factors: Mapping[str, Factors], dtype: torch.dtype) -> Tensor:
-        """An adapter as the kernels read it, in host memory: uint8, to be copied as it is."""
-        length = len(self.layers) * len(self.sizes) * self.width
+    def pack(self, factors_of: Callable[[int, str], Sequence[Factors | None]], dtype: torch.dtype) -> Tensor:
+        """An adapter as the kernels read it, in host memory: uint8, to be copied as it is.
+
+        Args:
+            factors_of: for a layer and a projection, those of each part.
+        """
+        length = self.num_layers * len(self.sizes) * self.width
         table = torch.zeros(length + -length % ALIGNED, dtype=torch.int64)
         pieces, place = [], table.nbytes // dtype.itemsize
 
@@ -81,15 +83,15 @@ class Layout:
             place += pieces[-1].numel()
             return place - pieces[-1].numel()
 
-        for layer, projections in enumerate(self.layers):
-            for name, modules in projections.items():
-                given = [factors.get(module) for module in modules]
+        for layer in range(self.num_layers):
+            for name, sizes in self.sizes.items():
+                given = factors_of(layer, name)
                 if all(part is None for part in given):
                     continue
                 entry = table[self.entry(layer, name) :][: self.width]
                 entry[1] = put(torch.cat([part.a for part in given if part is not None]))
                 column = 0
-                for index, (part, size) in enumerate(zip(given, self.sizes[name], strict=True)):
+                for index, (part, size) in enumerate(zip(given, sizes, strict=True)):
                     if part is not None:
                         rank = part.a.shape[0]
                         place_of_b = put(F.pad(part.b.t(), (0, -size % ALIGNED)))

@@ -9,6 +9,7 @@ This was written without a GPU at hand: the tests run it on a CPU in Triton's in
 kernels for an H100 (tests/serve_apps/engine/test_cuda_*.py). No figure of its speed has been measured."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from serve_apps.engine.cuda.graphs import CapturedStep, host_numbers, memory_poo
 from serve_apps.engine.cuda.layers import add_and_norm, gate, rotate_and_store
 from serve_apps.engine.cuda.lora import DeviceAdapter, Layout, add_lora_tiles
 from serve_apps.engine.cuda.step import Numbers, Sizes, Step
-from serve_apps.engine.families import Decoder, Shape, part_sizes
+from serve_apps.engine.decoder import Decoder, Shape, is_llama, part_sizes
 from serve_apps.engine.scheduler import StepPlan
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -32,29 +33,23 @@ class CudaRunner:
 
     def __init__(self, model: Decoder, num_blocks: int, block_size: int, max_length: int) -> None:
         """``max_length``: no sequence will have more tokens."""
+        assert is_llama(model)
         shape = model.shape
         self._model = model
         self.num_blocks = num_blocks
         self._block_size = block_size
         self._table_width = -(-min(max_length, shape.max_length) // block_size)
         self._sizes = part_sizes(model)
-        self._layout = Layout(
-            tuple(
-                {
-                    name: tuple(model.family.layer.format(i=index) + part for part in parts)
-                    for name, parts in model.family.projections.items()
-                }
-                for index in range(shape.num_layers)
-            ),
-            self._sizes,
-        )
+        self._layout = Layout(shape.num_layers, self._sizes)
         size = (shape.num_layers, shape.num_kv_heads, num_blocks, block_size, shape.head_dim)
         self._keys = torch.zeros(size, dtype=model.dtype, device=model.device)
         self._values = torch.zeros_like(self._keys)
-        angles = torch.outer(torch.arange(shape.max_length, device=model.device).float(), model.inv_freq)
+        rotary = model.layers[0].attention.rotary
+        assert rotary is not None
+        angles = torch.outer(torch.arange(shape.max_length, device=model.device).float(), rotary.inv_freq)
         self._rotary = (
-            (angles.cos() * model.rope_scale).to(model.dtype),
-            (angles.sin() * model.rope_scale).to(model.dtype),
+            (angles.cos() * rotary.scale).to(model.dtype),
+            (angles.sin() * rotary.scale).to(model.dtype),
         )
         self._uploads = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self._pool = memory_pool(model.device)
@@ -79,7 +74,7 @@ class CudaRunner:
 
     def fit(self, factors: Mapping[str, Factors]) -> DeviceAdapter:
         """Pack an adapter and send it to the device, past the steps that are running."""
-        packed = self._layout.pack(factors, self._model.dtype)
+        packed = self._layout.pack(partial(self._model.part_factors, factors), self._model.dtype)
         if self._uploads is None:
             return DeviceAdapter(packed)
         with torch.cuda.stream(self._uploads):
@@ -117,14 +112,13 @@ class CudaRunner:
 
     def _forward(self, step: Step) -> Tensor:
         model = self._model
-        eps = model.shape.norm_eps
         hidden, update = F.embedding(step.token_ids, model.embed), None
         for index, layer in enumerate(model.layers):
-            x = add_and_norm(hidden, update, layer.attn_norm, eps)
+            x = add_and_norm(hidden, update, layer.attn_norm)
             update = self._project(self._attend(x, index, step), index, "o", step)
-            x = add_and_norm(hidden, update, layer.mlp_norm, eps)
+            x = add_and_norm(hidden, update, layer.mlp_norm)
             update = self._project(gate(self._project(x, index, "gate_up", step)), index, "down", step)
-        final = add_and_norm(hidden, update, model.final_norm, eps)
+        final = add_and_norm(hidden, update, model.final_norm)
         return F.linear(final[step.sampled], model.head).float()
 
     def _project(self, x: Tensor, layer: int, name: str, step: Step) -> Tensor:

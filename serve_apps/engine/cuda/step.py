@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attribution.types import ZERO_ID
 from serve_apps.engine.cuda.attention import QueryTiles
 from serve_apps.engine.cuda.lora import DeviceAdapter, Tiles, cut
 from serve_apps.engine.kv_cache import NULL_BLOCK, slots
@@ -102,10 +101,7 @@ class Numbers:
                 numbers.queries.append((first + done, count, row.start + done, index))
             if row.samples:
                 numbers.sampled.append(len(numbers.token_ids) - 1)
-        segments = [
-            (start, end, adapters[key].address) for key, start, end in plan.segments if key != ZERO_ID
-        ]
-        numbers.lora.extend(cut(segments))
+        numbers.lora.extend(cut([(start, end, adapters[key].address) for key, start, end in plan.segments]))
         return numbers
 
     @property
@@ -144,6 +140,6 @@ class Numbers:
                 room = numbers[place : place + size].view(len(by_column), -1)
                 room[:, : by_column.shape[1]] = by_column
             place += size
-        tables = numbers[place:].view(-1, sizes.table_width)
-        for row, table in zip(tables, self.tables, strict=True):
-            row[: len(table)] = torch.tensor(table)
+        used = self.sizes.table_width
+        padded = [(*table, *[NULL_BLOCK] * (used - len(table))) for table in self.tables]
+        numbers[place:].view(-1, sizes.table_width)[:, :used] = torch.tensor(padded, dtype=torch.int64)

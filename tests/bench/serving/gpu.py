@@ -29,8 +29,9 @@ from attribution.types import ZERO_ID
 from cluster.adapters import Factors
 from serve_apps.engine.adapter_cache import AdapterCache, CacheLimits, Loaded
 from serve_apps.engine.cuda.runner import CudaRunner
+from serve_apps.engine.decoder import Decoder
 from serve_apps.engine.engine import Engine, FittedAdapter
-from serve_apps.engine.families import Decoder, fuse_decoder
+from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.kv_cache import BlockPool
 from serve_apps.engine.scheduler import Limits, Scheduler
 from tests.bench.serving.engine_speed import RANKS, Workload, goal, median, medians, popular, run

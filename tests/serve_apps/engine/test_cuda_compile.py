@@ -25,7 +25,7 @@ from serve_apps.engine.cuda.launch import ROWS
 
 HOPPER = GPUTarget("cuda", 90, 32)
 ROOT = Path(__file__).parents[3]
-NUMBERS = ("entry", "num_tokens", "num_blocks", "table_width", "query_stride", "cache_rows")
+NUMBERS = ("entry", "num_tokens", "num_splits", "num_blocks", "table_width", "query_stride", "cache_rows")
 INTEGERS = ("firsts", "counts", "addresses", "starts", "table_rows", "tables", "positions", "slots")
 SUMS = ("y", "parts", "sums")  # fp32; whatever else is an argument is bf16
 SHARED = {"ROWS": ROWS, "OPERAND": tl.bfloat16}
@@ -39,7 +39,7 @@ EXPAND = {
     "HEAD": lora.HEAD,
     "PART": lora.PART,
 }
-OF_ATTENTION = {"HEADS": 32, "DIM": 128, "WIDTH": 128, "SPLITS": 4, "SPLIT": attention.SPLIT}
+OF_ATTENTION = {"HEADS": 32, "DIM": 128, "WIDTH": 128, "SPLIT": attention.SPLIT}
 LLAMA_8B: list[tuple[Any, dict[str, Any], int]] = [  # kernel, constants, warps
     (lora.shrink, SHRINK, 4),
     (lora.expand, EXPAND, 4),
