@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cluster.adapters import Factors
+from serve_apps.engine.decoder import Shape
 from serve_apps.engine.engine import FittedAdapter, Runner
-from serve_apps.engine.families import Shape
 from serve_apps.engine.scheduler import Row, StepPlan
 
 

@@ -275,6 +275,8 @@ def check(request: EngineRequest, limits: Limits, vocabulary: int) -> None:
     """Raises: Rejected for what could never run; the words are those of our own engine."""
     if request.is_embedding:
         raise Rejected("embeddings_not_served", "the vLLM engine serves no embeddings", field="model")
+    if request.blend is not None:
+        raise Rejected("blends_not_served", "the vLLM engine serves no blends of adapters", field="model")
     if not request.prompt_ids:
         raise Rejected("prompt_empty", "the prompt has no tokens", field="prompt")
     if request.max_length > limits.max_length:
