@@ -1,8 +1,8 @@
 """Adapters in host memory: loaded in the background, counted in bytes, never evicted while in use.
 
-Knows nothing of tensors: a loader gives a value and its size. Whoever wants an adapter holds a lease from the
-moment it asks, so a loaded adapter waits for its requests, never the other way round. All methods but the
-loader run on the engine's thread."""
+Knows nothing of tensors: a loader gives a value and its size. A lease asks for an adapter and keeps it: the
+engine holds one of each that is in use or next in turn. All methods but the loader run on the engine's
+thread."""
 
 import time
 from collections import OrderedDict, deque
@@ -79,6 +79,11 @@ class AdapterCache(Generic[T]):
     def used_bytes(self) -> int:
         loaded = sum(entry.loaded.size_bytes for entry in self._entries.values() if entry.loaded)
         return loaded + len(self._loads) * self._limits.max_adapter_bytes
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether the next load waits for memory and not for a thread, as of the last ``poll``."""
+        return bool(self._queue) and len(self._loads) < self._limits.num_loaders
 
     def acquire(self, adapter_id: bytes) -> None:
         """Lease an adapter, loading it if need be. Each call is undone by one ``release``.

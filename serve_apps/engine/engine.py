@@ -30,6 +30,8 @@ from serve_apps.engine.types import (
     TokenLogprob,
 )
 
+MAX_AWAITED = 2  # adapters that are loaded one after the other while memory is short
+
 
 @dataclass(slots=True, eq=False)
 class _Answer:
@@ -106,6 +108,7 @@ class Engine:
         self._eos_ids = eos_ids
         self._inbox = _Inbox()
         self._answers: dict[bytes, _Answer] = {}
+        self._leased: dict[bytes, None] = {}  # adapters, longest held first
         self._step = 0
 
     def submit(self, request: EngineRequest) -> None:
@@ -162,7 +165,7 @@ class Engine:
         )
 
     def step(self) -> Bundle:
-        events = [*self._take_in(), *self._refuse_failed_adapters()]
+        events = [*self._take_in(), *self._lease_adapters()]
         plan = self._scheduler.schedule(self._is_ready)
         if plan.rows:
             logits = self._runner.run(plan, self._adapters_of(plan))
@@ -191,24 +194,51 @@ class Engine:
         request = answer.request
         if request.request_id in self._scheduler:
             raise Rejected("request_id_repeated", f"{request.request_id.hex()} is running", http_status=409)
-        if request.adapter_id != ZERO_ID:
-            self._adapters.acquire(request.adapter_id)
         self._scheduler.add(request)
         self._answers[request.request_id] = answer
 
-    def _forget(self, request_id: bytes, is_leased: bool = True) -> None:
-        request = self._scheduler.remove(request_id)
+    def _forget(self, request_id: bytes) -> None:
+        self._scheduler.remove(request_id)
         del self._answers[request_id]
-        if request.adapter_id != ZERO_ID and is_leased:
-            self._adapters.release(request.adapter_id)
 
-    def _refuse_failed_adapters(self) -> Iterator[TokenEvent]:
-        for adapter_id, refusal in self._adapters.poll().items():
-            for request_id in self._scheduler.requests_of(adapter_id):
-                self._forget(request_id, is_leased=False)
-                yield _failed(request_id, refusal)
+    def _lease_adapters(self) -> Iterator[TokenEvent]:
+        """Hold what is in use and what those who wait will want; refuse those whose adapter cannot be had.
+
+        Where memory is short, nothing is held for those behind the next few that wait for theirs: it may be
+        evicted. So one adapter too many costs loads, and no adapter in demand keeps another out."""
+        wanted, num_awaited = dict[bytes, None](), 0
+        for adapter_id in self._scheduler.adapters_in_turn():
+            if adapter_id != ZERO_ID and adapter_id not in wanted:
+                wanted[adapter_id] = None
+                num_awaited += not self._adapters.is_ready(adapter_id)
+                if num_awaited == MAX_AWAITED and self._adapters.lacks_room:
+                    break
+        for adapter_id in [each for each in self._leased if each not in wanted]:
+            self._adapters.release(adapter_id)
+            del self._leased[adapter_id]
+        for adapter_id in wanted:
+            try:
+                self._lease(adapter_id)
+            except Refusal as refusal:
+                yield from self._refuse(adapter_id, refusal)
+        for adapter_id, failure in self._adapters.poll().items():
+            self._leased.pop(adapter_id, None)
+            yield from self._refuse(adapter_id, failure)
+
+    def _lease(self, adapter_id: bytes) -> None:
+        if adapter_id not in self._leased:
+            self._adapters.acquire(adapter_id)
+            self._leased[adapter_id] = None
+
+    def _refuse(self, adapter_id: bytes, refusal: Refusal) -> Iterator[TokenEvent]:
+        for request_id in self._scheduler.requests_of(adapter_id):
+            self._forget(request_id)
+            yield _failed(request_id, refusal)
 
     def _is_ready(self, adapter_id: bytes) -> bool:
+        """Whether this step may use an adapter; one that was loaded and not held is held from here on."""
+        if adapter_id != ZERO_ID and self._adapters.is_ready(adapter_id):
+            self._lease(adapter_id)
         return adapter_id == ZERO_ID or self._adapters.is_ready(adapter_id)
 
     def _adapters_of(self, plan: StepPlan) -> dict[bytes, FittedAdapter]:

@@ -15,6 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import zip_longest
 from typing import Generic, TypeVar
 
 from serve_apps.engine.types import EngineRequest
@@ -71,6 +72,10 @@ class _Turns(Generic[K]):
 
     def served(self, key: K) -> int:
         return self._accounts[key].served
+
+    def ranked(self, keys: Collection[K]) -> list[K]:
+        """Whoever is next first, as things stand."""
+        return sorted(keys, key=self._rank)
 
     def in_turn(self, offers: Mapping[K, Iterator[T]]) -> Iterator[T]:
         """What each key offers, one at a time, whoever is next at that time."""
@@ -133,6 +138,13 @@ class FairQueue:
         """Those that wait and whose adapter ``is_ready``, next first. Whoever takes one calls ``begin`` and
         ``charge`` before it asks for another."""
         return self._tenants.in_turn({tenant: self._of_tenant(tenant, is_ready) for tenant in self._lines})
+
+    def adapters_in_turn(self) -> Iterator[bytes]:
+        """What those who wait will want, soonest first as things stand; of every tenant one before any
+        other's second."""
+        tenants = self._tenants.ranked(self._lines)
+        of_each = (self._adapters[tenant].ranked(self._lines[tenant]) for tenant in tenants)
+        return (each for turn in zip_longest(*of_each) for each in turn if each is not None)
 
     def _of_tenant(self, tenant: str, is_ready: Callable[[bytes], bool]) -> Iterator[EngineRequest]:
         ready = {key: _heads(line) for key, line in self._lines[tenant].items() if is_ready(key)}

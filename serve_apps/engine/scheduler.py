@@ -188,6 +188,11 @@ class Scheduler:
     def requests_of(self, adapter_id: bytes) -> list[bytes]:
         return [key for key, sequence in self._by_id.items() if sequence.request.adapter_id == adapter_id]
 
+    def adapters_in_turn(self) -> Iterator[bytes]:
+        """What is in use, then what those who wait will want, soonest first; any of them several times."""
+        yield from (sequence.request.adapter_id for sequence in self._running)
+        yield from self._queue.adapters_in_turn()
+
     def schedule(self, is_ready: Callable[[bytes], bool]) -> StepPlan:
         """The next step; counts its tokens as computed. ``is_ready`` says whether an adapter may be used."""
         rows: dict[bytes, Row] = {}

@@ -137,6 +137,29 @@ def test_cancelling_frees_everything_within_a_step(toys: Toys) -> None:
     assert engine.step().events == ()
 
 
+@pytest.mark.parametrize("is_native", [True, False], ids=["kernels", "torch"])
+def test_an_adapter_in_demand_keeps_no_other_out(toys: Toys, is_native: bool) -> None:
+    """Memory for one adapter, which always has requests waiting; two others get theirs."""
+    memory = CacheLimits(budget_bytes=2**20, max_adapter_bytes=2**20)
+    engine = toys.engine(Limits(max_running=2), adapters=memory, is_native=is_native)
+    hot, *cold = toys.adapter_ids[:3]
+    waiting = [request(PROMPTS[2], key, max_tokens=4) for key in (hot, hot, hot, hot, *cold)]
+    for each in waiting:
+        engine.submit(each)
+    over: set[bytes] = set()
+    for _ in range(4000):
+        for event in engine.step().events:
+            assert event.finish is None or event.finish.reason == "length"
+            if event.finish:
+                over.add(event.request_id)
+                engine.submit(request(PROMPTS[2], hot, max_tokens=4))
+        if over.issuperset(each.request_id for each in waiting):
+            break
+    else:
+        raise AssertionError("some waited for ever")
+    engine.close()
+
+
 def test_answers_end_at_eos_stop_strings_and_max_tokens(toys: Toys, toy_engine: Engine) -> None:
     decode = load_tokenizer(toys.base.path).decode
     plain = request(PROMPTS[5], max_tokens=30)
