@@ -1,8 +1,8 @@
 """vLLM behind the calls of our own ``Engine``: a host on its thread drives either. The one module that knows
 vLLM, which is imported only when an engine is built (the optional dependency ``gpu``).
 
-vLLM 0.32 gives rows without an adapter that share a batch with others the last adapter of the batch
-(vllm #48421). So no row is without one: a request to the base model runs under an adapter of zeros. Text,
+vLLM is reported to give rows without an adapter, in a batch with others, the last adapter of the batch
+(vllm #48421). Here no row is without one: a request to the base model runs under an adapter of zeros. Text,
 stop strings and logprobs are cut by ``TextStream`` as for our engine. Seeded draws are vLLM's, not ours."""
 
 import json

@@ -58,7 +58,7 @@ class TestWithVllm:
     def test_whoever_shares_the_batch_an_answer_is_the_one_of_our_engine(
         self, toys: Toys, vllm_engine: VllmEngine
     ) -> None:
-        """The base model among adapters above all: vLLM by itself gives it the last adapter of the batch."""
+        """The base model among adapters above all, to which vLLM is reported to give a neighbour's."""
         prompt = tuple(range(40, 60))
         ids = [ZERO_ID, toys.adapter_ids[0], ZERO_ID, toys.adapter_ids[3], toys.adapter_ids[5], ZERO_ID]
         alone = [answers(vllm_engine, request(prompt, each))[0].token_ids for each in ids]
