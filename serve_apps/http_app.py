@@ -82,7 +82,7 @@ async def healthz(shared: Shared) -> JSONResponse:
         "database": is_database_up,
         "workers": num_workers,
     }
-    return JSONResponse(body, 200 if is_well else 503)
+    return JSONResponse(body) if is_well else JSONResponse(body, 503, {"Retry-After": "1"})
 
 
 async def metrics(shared: Shared) -> Response:
