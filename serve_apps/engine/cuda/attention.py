@@ -70,9 +70,10 @@ def attend(
         HEADS=num_heads, GROUP=group, DIM=head_dim, WIDTH=width, BLOCK=block_size,
         SPLIT=SPLIT, KEYS=KEYS, ROWS=max(ROWS, triton.next_power_of_2(group)), OPERAND=operand(query.dtype),
     )  # fmt: skip
-    merge_splits[(num_tokens, num_heads)](
+    merge_splits[(num_tokens,)](
         parts, sums, out, positions, num_tokens, num_splits,
-        HEADS=num_heads, DIM=head_dim, WIDTH=width, SPLIT=SPLIT, num_warps=1,
+        HEADS=num_heads, ROWS=triton.next_power_of_2(num_heads), DIM=head_dim, WIDTH=width, SPLIT=SPLIT,
+        num_warps=8,
     )  # fmt: skip
     return out
 
@@ -128,23 +129,25 @@ def attend_split(
 @triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def merge_splits(
     parts, sums, out, positions, num_tokens, num_splits,
-    HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of one token and head, in order."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = tl.arange(0, WIDTH)
-    highest, total = float("-inf"), 0.0
-    seen = tl.zeros((WIDTH,), tl.float32)
+    """The pieces of one token, in order."""
+    token, head, columns = tl.program_id(0).to(tl.int64), tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    is_head, is_number = head < HEADS, (head < HEADS)[:, None] & (columns < DIM)[None, :]
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    seen = tl.zeros((ROWS, WIDTH), tl.float32)
     for split in range(0, tl.load(positions + token) // SPLIT + 1):
         piece = (split * num_tokens + token) * HEADS + head
-        now = tl.maximum(highest, tl.load(sums + piece))
-        kept, added = tl.exp(highest - now), tl.exp(tl.load(sums + piece) - now)
-        value = tl.load(parts + piece * DIM + columns, mask=columns < DIM, other=0.0)
-        seen = seen * kept + value * added
-        total = total * kept + tl.load(sums + num_splits.to(tl.int64) * num_tokens * HEADS + piece) * added
+        here = tl.load(sums + piece, mask=is_head, other=0.0)
+        now = tl.maximum(highest, here)
+        kept, added = tl.exp(highest - now), tl.exp(here - now)
+        weights = tl.load(
+            sums + num_splits.to(tl.int64) * num_tokens * HEADS + piece, mask=is_head, other=1.0
+        )
+        values = tl.load(parts + piece[:, None] * DIM + columns[None, :], mask=is_number, other=0.0)
+        total = total * kept + weights * added
+        seen = seen * kept[:, None] + values * added[:, None]
         highest = now
-    tl.store(
-        out + (token * HEADS + head) * DIM + columns,
-        (seen / total).to(out.dtype.element_ty),
-        mask=columns < DIM,
-    )
+    place = (token * HEADS + head)[:, None] * DIM + columns[None, :]
+    tl.store(out + place, (seen / total[:, None]).to(out.dtype.element_ty), mask=is_number)

@@ -1,5 +1,5 @@
 """What lies between the projections of a decoder, each in one launch: sum and norm, rotary positions into the
-cache, the gate of the MLP. One program per token (and head): no number depends on another row.
+cache, the gate of the MLP. One program per token: no number depends on another row.
 
 Rounding is that of ``ModelRunner``: fp32 inside, the model's type between."""
 
@@ -58,37 +58,45 @@ def rotate_and_store(
     num_tokens, rows, head_dim = qkv.shape
     num_kv_heads, num_blocks, block_size, _ = keys.shape
     num_heads = rows - 2 * num_kv_heads
-    rotate_and_store_head[(num_tokens, rows)](
+    rotate_and_store_token[(num_tokens,)](
         qkv, *rotary, positions, slots, keys, values, num_blocks * block_size,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HALF=head_dim // 2,
-        COLUMNS=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        ROWS=triton.next_power_of_2(rows), COLUMNS=triton.next_power_of_2(head_dim // 2),
     )  # fmt: skip
     return qkv[:, :num_heads]
 
 
 @triton.jit
-def rotate_and_store_head(
+def rotate_and_store_token(
     qkv, cos, sin, positions, slots, keys, values, cache_rows,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = tl.arange(0, COLUMNS)
+    token, row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     is_column = columns < HALF
-    source = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * 2 * HALF + columns
-    first = tl.load(source, mask=is_column).to(tl.float32)
-    second = tl.load(source + HALF, mask=is_column).to(tl.float32)
-    target = source
-    if head >= HEADS:
-        kv_head = (head - HEADS) % KV_HEADS
-        place = (kv_head.to(tl.int64) * cache_rows + tl.load(slots + token)) * 2 * HALF
-        target = (keys if head < HEADS + KV_HEADS else values) + place + columns
-    if head < HEADS + KV_HEADS:
-        angle = tl.load(positions + token) * HALF + columns
-        c = tl.load(cos + angle, mask=is_column).to(tl.float32)
-        s = tl.load(sin + angle, mask=is_column).to(tl.float32)
-        first, second = first * c - second * s, second * c + first * s
-    tl.store(target, first.to(qkv.dtype.element_ty), mask=is_column)
-    tl.store(target + HALF, second.to(qkv.dtype.element_ty), mask=is_column)
+    is_query, is_turned, is_row = row < HEADS, row < HEADS + KV_HEADS, row < HEADS + 2 * KV_HEADS
+    source = qkv + ((token * (HEADS + 2 * KV_HEADS) + row) * 2 * HALF)[:, None] + columns[None, :]
+    loaded = is_row[:, None] & is_column[None, :]
+    first = tl.load(source, mask=loaded, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=loaded, other=0.0).to(tl.float32)
+    angle = tl.load(positions + token) * HALF + columns
+    c = tl.load(cos + angle, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + angle, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    element: tl.constexpr = qkv.dtype.element_ty
+    left = tl.where(is_turned[:, None], first * c - second * s, first).to(element)
+    right = tl.where(is_turned[:, None], second * c + first * s, second).to(element)
+    tl.store(source, left, mask=is_query[:, None] & is_column[None, :])
+    tl.store(source + HALF, right, mask=is_query[:, None] & is_column[None, :])
+    kv_head = tl.where(is_query, 0, row - HEADS) % KV_HEADS
+    place = ((kv_head.to(tl.int64) * cache_rows + tl.load(slots + token)) * 2 * HALF)[:, None] + columns[
+        None, :
+    ]
+    is_key = (is_turned & ~is_query)[:, None] & is_column[None, :]
+    tl.store(keys + place, left, mask=is_key)
+    tl.store(keys + place + HALF, right, mask=is_key)
+    is_value = (is_row & ~is_turned)[:, None] & is_column[None, :]
+    tl.store(values + place, left, mask=is_value)
+    tl.store(values + place + HALF, right, mask=is_value)
 
 
 def gate(gate_up: Tensor) -> Tensor:

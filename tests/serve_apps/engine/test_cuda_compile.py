@@ -48,9 +48,9 @@ LLAMA_8B: list[tuple[Any, dict[str, Any], int]] = [  # kernel, constants, warps
         {**SHARED, **OF_ATTENTION, "GROUP": 4, "BLOCK": 16, "KEYS": attention.KEYS},
         4,
     ),
-    (attention.merge_splits, OF_ATTENTION, 1),
+    (attention.merge_splits, {**OF_ATTENTION, "ROWS": 32}, 8),
     (layers.add_and_norm_row, {"ADDS": True, "WIDTH": 4096, "COLUMNS": 4096}, 4),
-    (layers.rotate_and_store_head, {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "COLUMNS": 64}, 1),
+    (layers.rotate_and_store_token, {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "ROWS": 64, "COLUMNS": 64}, 4),
     (layers.gate_row, {"WIDTH": 14336, "COLUMNS": layers.COLUMNS}, 4),
 ]
 
