@@ -15,7 +15,14 @@ ADDRESSES = {
     "deepspeed": ("pipelines/finetune_worker.py",),
     "web3": ("chain/rollup.py",),
     "llguidance": ("serve_apps/engine/grammar.py",),
-    "torch": ("attribution/", "cluster/models.py", "cluster/adapters.py", "pipelines/", "serve_apps/"),
+    "torch": (
+        "attribution/",
+        "cluster/models.py",
+        "cluster/adapters.py",
+        "cluster/peft_files.py",
+        "pipelines/",
+        "serve_apps/",
+    ),
     "ray": ("cluster/", "pipelines/", "serve_apps/", "chain/settler_actor.py"),
     "sqlalchemy": ("cluster/", "pipelines/", "serve_apps/", "chain/"),
 }
