@@ -18,7 +18,7 @@ class Unembedding:
     """One thread at a time may call it."""
 
     def __init__(self, head: Tensor, softcap: float | None = None) -> None:
-        """``head`` is ``[vocabulary, width]``. A ``softcap`` made logits of ``cap * tanh(head @ h / cap)``."""
+        """``head`` is ``[vocabulary, width]``; ``softcap`` as in ``Decoder.head_softcap``."""
         self._head = head
         self._softcap = softcap
         self._factor: Tensor | None = None

@@ -35,6 +35,7 @@ NUM_NEW, BLOCK, NUM_BLOCKS = 6, 4, 120
 class Loaded:
     """The engine's model with two adapters, and the libraries' models: the base, and with each adapter."""
 
+    folder: Path
     decoder: Decoder
     adapters: dict[bytes, AdapterWeights]
     references: dict[bytes, torch.nn.Module]
@@ -74,7 +75,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     references = {ZERO_ID: load_base(folder, torch.float32)}
     for key, weights in adapters.items():
         references[key] = with_peft(load_base(folder, torch.float32), weights)
-    return Loaded(decoder, adapters, references)
+    return Loaded(folder, decoder, adapters, references)
 
 
 def answers(
@@ -119,6 +120,17 @@ def test_every_step_of_a_mixed_batch_says_what_the_libraries_say(
         tokens, logits = found[each.request_id]
         expected = loaded.expected(tokens, each.adapter_id)[len(each.prompt_ids) - 1 : -1]
         torch.testing.assert_close(logits, expected, **CLOSE)
+
+
+def test_in_bf16_the_engine_is_as_near_to_fp32_as_the_library_is(loaded: Loaded) -> None:
+    model = load_base(loaded.folder, torch.bfloat16)
+    asked = ask(prompt(30))
+    half = replace(loaded, decoder=fuse_decoder(model))
+    tokens, logits = answers(half, [asked], Limits(max_batch_tokens=16))[asked.request_id]
+    exact = loaded.expected(tokens, ZERO_ID)[len(asked.prompt_ids) - 1 : -1]
+    library = replace(loaded, references={ZERO_ID: model}).expected(tokens, ZERO_ID)
+    error = (library[len(asked.prompt_ids) - 1 : -1] - exact).abs().mean()
+    assert (logits - exact).abs().mean() < 1.5 * error
 
 
 def test_an_adapter_of_one_module_is_applied_to_that_module_alone(loaded: Loaded) -> None:
