@@ -139,9 +139,10 @@ def native_dtype(device: str = "cpu") -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def load_base(path: Path, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
-    """The model in evaluation mode with every weight frozen. ``attention``: ``sdpa`` or ``eager``; only the
-    latter can be differentiated twice on a CPU."""
+def load_base(path: Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    """The model in evaluation mode with every weight frozen. ``attention``: ``sdpa`` or ``eager``, only the
+    latter of which can be differentiated twice on a CPU; ``None`` leaves it to the family, not all have both.
+    """
     disable_progress_bar()
     load_config(path)  # refuses what needs code of its own
     model = AutoModelForCausalLM.from_pretrained(

@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from attribution.errors import Rejected, Unavailable
 from attribution.types import Adapter, Manifest, Record
@@ -182,7 +183,7 @@ def attach(model: PreTrainedModel, weights: AdapterWeights) -> None:
     """Put a published adapter beside the linears it adapts, for good."""
     for path, factors in weights.factors.items():
         linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear), path
+        assert isinstance(linear, nn.Linear | Conv1D), path
         model.set_submodule(
             path, LoraLinear(linear, factors.a.float(), factors.b.float(), scale=1.0).to(model.device)
         )
@@ -206,7 +207,7 @@ def generate(
     )
     opened = DynamicCache(config=model.config)
     if opening.numel():
-        model.model(input_ids=opening, past_key_values=opened)
+        model.base_model(input_ids=opening, past_key_values=opened)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         own = [list(prompts[i][opening.shape[1] :]) for i in chosen]

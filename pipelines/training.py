@@ -8,8 +8,7 @@ the usual Adam divides 0 by 0; with eps inside the root the update is 0 / sqrt(e
 
 The blocks below the first adapted one never change, so a packed row passes through them once: ``lower``
 returns what the first adapted block receives, and the caller may keep it for the next epoch. It is the same
-number either way. Families supported: those whose blocks are ``model.model.layers`` and take rotary position
-embeddings (Llama, Mistral, Qwen2, Qwen3 and their like)."""
+number either way. Families trained: those of ``FAMILIES``; the engine serves more."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from attribution.hashing import sha256
 from cluster.adapters import AdapterWeights, Factors
 from pipelines.packing import PackedRow
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose blocks ``_blocks`` computes as they themselves do
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -58,7 +58,7 @@ class LoraLinear(nn.Module):
 
     Source: LoRA, arXiv:2106.09685 §4.1."""
 
-    def __init__(self, base: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
+    def __init__(self, base: nn.Module, a: Tensor, b: Tensor, scale: float) -> None:
         super().__init__()
         self.base = base
         self.a = nn.Parameter(a)
@@ -117,6 +117,12 @@ def insert_lora(model: PreTrainedModel, config: TrainingConfig, seed: int) -> di
 
     Names are ``model.layers.14.self_attn.q_proj.a`` and ``.b``: those of the base, whatever wraps it. ``A``
     is drawn per module from the seed and the name, uniform as a fresh ``nn.Linear``'s; ``B`` is zero."""
+    if model.config.model_type not in FAMILIES:
+        raise Rejected(
+            "model_family",
+            f"{', '.join(FAMILIES)} are trained, not {model.config.model_type}",
+            field="base_model",
+        )
     blocks = len(model.model.layers)
     if config.adapted_blocks > blocks:
         raise Rejected(

@@ -17,7 +17,14 @@ ADDRESSES = {
     "web3": ("chain/rollup.py",),
     "vllm": ("serve_apps/engine/vllm_engine.py",),
     "llguidance": ("serve_apps/engine/grammar.py",),
-    "torch": ("attribution/", "cluster/models.py", "cluster/adapters.py", "pipelines/", "serve_apps/"),
+    "torch": (
+        "attribution/",
+        "cluster/models.py",
+        "cluster/adapters.py",
+        "cluster/peft_files.py",
+        "pipelines/",
+        "serve_apps/",
+    ),
     "ray": ("cluster/", "pipelines/", "serve_apps/", "chain/settler_actor.py"),
     "sqlalchemy": ("cluster/", "pipelines/", "serve_apps/", "chain/"),
 }

@@ -21,7 +21,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 datanet = typer.Typer(no_args_is_help=True)
 period = typer.Typer(no_args_is_help=True)
 chain = typer.Typer(no_args_is_help=True)
+model = typer.Typer(no_args_is_help=True)
 app.add_typer(datanet, name="datanet", help="Datanets and what is contributed to them.")
+app.add_typer(model, name="model", help="Adapters that were trained elsewhere.")
 app.add_typer(period, name="period", help="Payout periods.")
 app.add_typer(chain, name="chain", help="The rollup: deploy, verify and register on any RPC.")
 
@@ -148,6 +150,18 @@ def deploy(ref: Annotated[str, typer.Argument(help="owner/model@version")]) -> N
     from cluster.cli import models
 
     models.deploy(load_settings(), ref)
+
+
+@model.command("import")
+def model_import(
+    folder: Annotated[Path, typer.Argument(help="adapter_config.json and adapter_model.safetensors")],
+    name: Annotated[str, typer.Option(help="owner/model")],
+    price: Annotated[int, typer.Option(min=0, help="gwei per token")] = 2_000,
+) -> None:
+    """Check, pack and publish a LoRA adapter that PEFT saved for this base model."""
+    from cluster.cli import models
+
+    models.import_peft(load_settings(), folder, name, price)
 
 
 @app.command()

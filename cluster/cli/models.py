@@ -1,7 +1,9 @@
-"""``openledger train``, ``eval``, ``deploy``, ``chat``: from a spec to an adapter that answers."""
+"""``openledger train``, ``eval``, ``deploy``, ``model import``, ``chat``: from a spec, or from a folder that
+another trainer saved, to an adapter that answers."""
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import httpx
 import yaml
 
 from attribution.errors import Rejected, Unavailable
+from attribution.types import contributor_id
 from cluster import adapters
-from cluster.cli import money
+from cluster.cli import laptop, money
 from cluster.cli.screen import console, table
 from cluster.config import Settings
 from cluster.database import connect, writing
+from cluster.storage import open_storage
 
 CHAT_TIMEOUT_S = 300.0
 
@@ -30,6 +34,34 @@ def deploy(settings: Settings, ref: str) -> None:
     with writing(connect(settings.database_url)) as session:
         adapter = adapters.promote(session, ref)
     console.print(f"{adapter.name} is now {adapter.ref}, adapter {adapter.adapter_id.hex()}")
+
+
+def import_peft(settings: Settings, folder: Path, name: str, price_gwei_per_token: int) -> None:
+    """Publish an adapter that PEFT saved; this laptop's model owner owns it."""
+    from cluster.models import base_model, linear_shapes
+    from cluster.peft_files import read_peft
+
+    adapters.check_name(name)
+    base = base_model(settings)
+    weights = read_peft(folder, base.base_id, linear_shapes(base.path))
+    storage = open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint)
+    adapter_id = adapters.store_adapter(storage, adapters.pack(weights))
+    with writing(connect(settings.database_url)) as session:
+        adapter = adapters.publish(
+            session,
+            adapter_id=adapter_id,
+            name=name,
+            base_id=base.base_id,
+            manifest_ids=(),
+            owner_id=contributor_id(laptop.own_wallet(settings, "model-owner").address),
+            trajectory="",
+            price_gwei_per_token=price_gwei_per_token,
+            now=int(time.time()),
+        )
+    console.print(f"{adapter.ref} is published, adapter {adapter_id.hex()}")
+    console.print(
+        "Trained elsewhere, it has no records: what it earns waits until an index says whose it is."
+    )
 
 
 def chat(settings: Settings, model: str, question: str, key_of: str) -> None:

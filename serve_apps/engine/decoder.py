@@ -109,7 +109,7 @@ class Decoder:
     embed_scale: float = 1.0
     embed_norm: Norm | None = None
     positions: Tensor | None = None  # learned, [max_length, width]
-    head_softcap: float | None = None
+    head_softcap: float | None = None  # logits become cap * tanh(logit / cap)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -42,8 +42,7 @@ class EngineConfig:
 
 def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Engine:
     """An engine for ``base`` that finds adapters in ``storage`` by id."""
-    # Its weights alone are wanted: every family has eager attention, not every one another.
-    model = load_base(base.path, config.dtype, attention="eager").to(config.device)
+    model = load_base(base.path, config.dtype).to(config.device)
     eos = model.generation_config.eos_token_id
     decoder = fuse_decoder(model, config.limits.max_length)
     del model
@@ -62,7 +61,7 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
         blends,
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
         constrain=Grammars(tokenizer, decoder.shape.vocabulary, eos_ids).constraint,
-        embed=Unembedding(decoder.head).embedding,
+        embed=Unembedding(decoder.head, decoder.head_softcap).embedding,
         eos_ids=frozenset(eos_ids),
     )
 

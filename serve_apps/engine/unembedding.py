@@ -17,9 +17,10 @@ ROWS_AT_ONCE = 8192  # of the head, in fp32
 class Unembedding:
     """One thread at a time may call it."""
 
-    def __init__(self, head: Tensor) -> None:
-        """``head`` is ``[vocabulary, width]``."""
+    def __init__(self, head: Tensor, softcap: float | None = None) -> None:
+        """``head`` is ``[vocabulary, width]``; ``softcap`` as in ``Decoder.head_softcap``."""
         self._head = head
+        self._softcap = softcap
         self._factor: Tensor | None = None
 
     @torch.inference_mode()
@@ -31,7 +32,10 @@ class Unembedding:
             for rows in self._rows():
                 gram += rows.T @ rows
             self._factor = torch.linalg.cholesky(gram)
-        parts = logits.to(self._head.device).float().split(ROWS_AT_ONCE)
+        logits = logits.to(self._head.device).float()
+        if self._softcap is not None:
+            logits = self._softcap * torch.atanh(logits / self._softcap)
+        parts = logits.split(ROWS_AT_ONCE)
         right = torch.zeros(self._head.shape[1], dtype=torch.float64, device=self._head.device)
         for rows, part in zip(self._rows(), parts, strict=True):
             right += rows.T @ part

@@ -1,5 +1,6 @@
 """A base model is named by its bytes, loads only safetensors, and renders a chat in one way."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,22 @@ def test_a_tokenizer_without_a_template_refuses_chats(tiny: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(Rejected, match="chat template"):
         ask(tokenizer, "What?")
+
+
+def test_a_model_that_needs_code_of_its_own_is_refused_and_nothing_of_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ChatGLM of 2023 as it was published: its classes lie beside its weights."""
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config = {"model_type": "chatglm", "auto_map": names}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "code.py").write_text("import pathlib\npathlib.Path('ran').touch()\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for load in (linear_shapes, lambda path: load_base(path, torch.float32)):
+        with pytest.raises(Rejected, match="GLM-4") as refused:
+            load(tmp_path)
+        assert refused.value.code == "model_family"
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["no such/folder here", "../nowhere", "a/b/c", "-/x"])

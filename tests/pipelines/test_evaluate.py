@@ -31,7 +31,7 @@ from pipelines.evaluate import (
     score,
 )
 from pipelines.job import Ground, Outcome, run
-from tests import toy_models, toys
+from tests import toy_families, toy_models, toys
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +130,17 @@ def test_the_sheet_holds_what_the_score_counts(ground: Ground, base: Path) -> No
     attach(model, toy_models.random_adapter(base_id(base), linear_shapes(base), seed=1))
     assert [line["tuned"] for line in sheet] == generate(model, tokenizer, prompts, 4, 30)
     assert [line["tuned"] for line in sheet] != [line["base"] for line in sheet]
+
+
+def test_an_adapter_is_attached_to_linears_that_lie_transposed(tmp_path: Path) -> None:
+    folder = toy_families.save(toy_families.toys()["gpt2"].config, tmp_path)
+    weights = toy_models.random_adapter(base_id(folder), linear_shapes(folder), scale=0.3)
+    attached, added = (load_base(folder, torch.float32) for _ in range(2))
+    attach(attached, weights)
+    for path, factors in weights.factors.items():
+        added.get_submodule(path).weight += (factors.b.float() @ factors.a.float()).t()
+    tokens = torch.tensor([[5, 17, 23, 42]])
+    torch.testing.assert_close(attached(tokens).logits, added(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 class Endpoint(BaseHTTPRequestHandler):

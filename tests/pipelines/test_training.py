@@ -26,7 +26,7 @@ from pipelines.training import (
     share,
     step_loss,
 )
-from tests import toy_models
+from tests import toy_families, toy_models
 
 CONFIG = TrainingConfig(rank=4, alpha=8, adapted_blocks=2, row_tokens=256, epochs=10, learning_rate=1e-2)
 FIRST = 2  # of the toy's four blocks
@@ -40,6 +40,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(base: Path) -> PreTrainedModel:
     return load_base(base, torch.float32)
+
+
+def test_a_family_whose_blocks_are_computed_otherwise_is_refused(tmp_path: Path) -> None:
+    folder = toy_families.save(toy_families.toys()["gemma2"].config, tmp_path)
+    with pytest.raises(Rejected, match="gemma2") as refused:
+        insert_lora(load_base(folder, torch.float32), TrainingConfig(adapted_blocks=1), seed=0)
+    assert refused.value.code == "model_family"
 
 
 @pytest.fixture(scope="module")

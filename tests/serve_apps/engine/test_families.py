@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen2MoeConfig
+from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen2MoeConfig
 
 from attribution.errors import Rejected
 from attribution.types import ZERO_ID
@@ -21,6 +21,7 @@ from serve_apps.engine.native.library import PANEL
 from serve_apps.engine.native_runner import runs
 from serve_apps.engine.scheduler import Limits, Scheduler
 from serve_apps.engine.types import EngineRequest
+from serve_apps.engine.unembedding import Unembedding
 from tests import toy_families, toy_models
 from tests.serve_apps.conftest import request as ask
 
@@ -34,6 +35,7 @@ NUM_NEW, BLOCK, NUM_BLOCKS = 6, 4, 120
 class Loaded:
     """The engine's model with two adapters, and the libraries' models: the base, and with each adapter."""
 
+    folder: Path
     decoder: Decoder
     adapters: dict[bytes, AdapterWeights]
     references: dict[bytes, torch.nn.Module]
@@ -43,11 +45,6 @@ class Loaded:
         with torch.no_grad():
             output = self.references[adapter_id](input_ids=torch.tensor([tokens]), use_cache=False)
         return output.logits[0]  # type: ignore[no-any-return]
-
-
-def as_the_library_loads(folder: Path) -> torch.nn.Module:
-    """With the attention that is the family's default: Falcon's eager one adds ALiBi twice."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def with_peft(model: torch.nn.Module, weights: AdapterWeights) -> torch.nn.Module:
@@ -69,16 +66,16 @@ def with_peft(model: torch.nn.Module, weights: AdapterWeights) -> torch.nn.Modul
 @pytest.fixture(scope="module", params=TOYS)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     folder = toy_families.save(TOYS[request.param].config, tmp_path_factory.mktemp("family"))
-    decoder = fuse_decoder(load_base(folder, torch.float32, attention="eager"))
+    decoder = fuse_decoder(load_base(folder, torch.float32))
     shapes = linear_shapes(folder)
     adapters = {
         key: toy_models.random_adapter(ZERO_ID, shapes, rank=rank, seed=rank, scale=0.3)
         for key, rank in zip(ADAPTER_IDS, (2, 5), strict=True)
     }
-    references = {ZERO_ID: as_the_library_loads(folder)}
+    references = {ZERO_ID: load_base(folder, torch.float32)}
     for key, weights in adapters.items():
-        references[key] = with_peft(as_the_library_loads(folder), weights)
-    return Loaded(decoder, adapters, references)
+        references[key] = with_peft(load_base(folder, torch.float32), weights)
+    return Loaded(folder, decoder, adapters, references)
 
 
 def answers(
@@ -125,6 +122,17 @@ def test_every_step_of_a_mixed_batch_says_what_the_libraries_say(
         torch.testing.assert_close(logits, expected, **CLOSE)
 
 
+def test_in_bf16_the_engine_is_as_near_to_fp32_as_the_library_is(loaded: Loaded) -> None:
+    model = load_base(loaded.folder, torch.bfloat16)
+    asked = ask(prompt(30))
+    half = replace(loaded, decoder=fuse_decoder(model))
+    tokens, logits = answers(half, [asked], Limits(max_batch_tokens=16))[asked.request_id]
+    exact = loaded.expected(tokens, ZERO_ID)[len(asked.prompt_ids) - 1 : -1]
+    library = replace(loaded, references={ZERO_ID: model}).expected(tokens, ZERO_ID)
+    error = (library[len(asked.prompt_ids) - 1 : -1] - exact).abs().mean()
+    assert (logits - exact).abs().mean() < 1.5 * error
+
+
 def test_an_adapter_of_one_module_is_applied_to_that_module_alone(loaded: Loaded) -> None:
     key = ADAPTER_IDS[0]
     whole, reference = loaded.adapters[key], loaded.references[key].base_model.model
@@ -162,13 +170,22 @@ def test_poison_in_other_rows_and_pages_does_not_reach_a_row(loaded: Loaded) -> 
     assert torch.equal(logits[0], logits[1]) and logits[0].isfinite().all()
 
 
+def test_a_hidden_state_is_found_behind_logits_with_and_without_a_cap(loaded: Loaded) -> None:
+    model, tokens = loaded.references[ZERO_ID], torch.tensor([prompt(9)])
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=tokens).last_hidden_state[0, -1]
+        logits = model(input_ids=tokens).logits[0, -1]
+    found = Unembedding(loaded.decoder.head, loaded.decoder.head_softcap).hidden(logits)
+    torch.testing.assert_close(found / found.norm(), hidden / hidden.norm(), atol=1e-3, rtol=1e-3)
+
+
 def test_the_kernels_take_llamas_shape_and_no_other(tmp_path: Path) -> None:
     wide = {"head_dim": PANEL, "hidden_size": 12 * PANEL, "n_embd": 12 * PANEL}
     for name, toy in TOYS.items():
         given = toy.config.to_dict()
         config = type(toy.config)(**{**given, **{key: wide[key] for key in wide if key in given}})
         folder = toy_families.save(config, tmp_path / name)
-        decoder = fuse_decoder(load_base(folder, torch.float32, attention="eager"))
+        decoder = fuse_decoder(load_base(folder, torch.float32))
         assert runs(decoder, PANEL) == toy.is_llama, name
 
 
@@ -199,5 +216,5 @@ def test_what_would_be_computed_otherwise_is_refused(which: str, tmp_path: Path)
     config, reason = REFUSED[which]
     folder = toy_families.save(config, tmp_path)
     with pytest.raises(Rejected, match=reason) as refused:
-        fuse_decoder(load_base(folder, torch.float32, attention="eager"))
+        fuse_decoder(load_base(folder, torch.float32))
     assert (refused.value.code, refused.value.field) == ("model_family", "base_model")
