@@ -108,6 +108,9 @@ class EngineSettings(Values):
     num_cpus: float = 0.5  # what Ray reckons one engine as; the laptop's two cores serve and train in turn
     kv_bytes: int = 536_870_912  # keys and values
     adapter_bytes: int = 536_870_912  # loaded adapters; one may take a quarter of it
+    pinned_adapters: tuple[
+        str, ...
+    ] = ()  # always loaded; owner/model@version, or a name as promoted at start
     max_batch_tokens: int = 512  # of one step: bounds how long a prompt delays everybody's next token
     max_running: int = 16
     max_waiting: int = 64

@@ -1,5 +1,7 @@
 """What can be asked here, and at what price: the base model and every published adapter over it."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
@@ -10,6 +12,8 @@ from cluster import adapters
 from cluster.tables import AdapterRow
 
 BASE = "base"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,23 @@ def resolve(session: Session, model: str, base_id: bytes, base_gwei_per_token: i
         index_id=bytes.fromhex(row.index_id) if row.index_id else ZERO_ID,
         price_gwei_per_token=row.price_gwei_per_token,
     )
+
+
+def pinned(session: Session, refs: Sequence[str], base_id: bytes) -> tuple[bytes, ...]:
+    """The adapters that ``refs`` name. One that was withdrawn is left out: it must not keep a worker down.
+
+    Raises:
+        Rejected: ``model_not_found`` for an unknown name, or one of another base.
+    """
+    found: dict[bytes, None] = {}
+    for ref in refs:
+        try:
+            found[resolve(session, ref, base_id, 0).adapter_id] = None
+        except Rejected as refusal:
+            if refusal.code != "model_withdrawn":
+                raise
+            log.warning("not pinned: %s", refusal.message)
+    return tuple(adapter_id for adapter_id in found if adapter_id != ZERO_ID)
 
 
 def base_ref(base_id: bytes) -> str:

@@ -7,7 +7,7 @@ merge. A gateway that stays silent for ``lease_s`` is dead: whatever it owned is
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from attribution.errors import Unavailable
@@ -70,6 +70,12 @@ class EngineHost:
             is_owned = found is not None and request_id in found.request_ids
         if is_owned:
             self._engine.cancel(request_id)
+
+    async def prefetch(self, adapter_id: bytes) -> None:
+        self._engine.prefetch(adapter_id)
+
+    async def withdraw(self, adapter_ids: Sequence[bytes]) -> None:
+        self._engine.withdraw(adapter_ids)
 
     async def renew(self, owner: str, num_read: int) -> EngineLoad:
         """Say that the gateway lives and has read ``num_read`` bundles of its stream.

@@ -3,7 +3,6 @@
 A route checks, reserves, streams and ends; the first token is awaited before the response begins, so that
 whatever goes wrong until then has its proper status."""
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -20,7 +19,7 @@ from serve_apps.answers import Order, Piece, Settled
 from serve_apps.http_errors import openai_error
 from serve_apps.openai_answers import Chunks, Form, whole
 from serve_apps.openai_schema import ChatRequest, CompletionRequest
-from serve_apps.ordering import chat_prompt, order_of, plain_prompt, refuse_unclear
+from serve_apps.ordering import order_of, refuse_unclear
 from serve_apps.services import Caller, Services, Shared
 
 router = APIRouter()
@@ -63,8 +62,7 @@ async def chat_completions(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     body.refuse_unsupported()
-    prompt = await asyncio.to_thread(chat_prompt, shared, body)
-    order = await order_of(request, body, prompt, shared, caller, idempotency_key)
+    order = await order_of(request, body, shared, caller, idempotency_key)
     form = Form(
         is_chat=True,
         token_bytes=shared.grammars.token_bytes,
@@ -84,14 +82,13 @@ async def completions(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     body.refuse_unsupported()
-    prompt = await asyncio.to_thread(plain_prompt, shared, body)
-    order = await order_of(request, body, prompt, shared, caller, idempotency_key)
+    order = await order_of(request, body, shared, caller, idempotency_key)
     form = Form(
         is_chat=False,
         token_bytes=shared.grammars.token_bytes,
         has_logprobs=body.num_logprobs is not None,
         has_usage=body.wants_usage,
-        echo=prompt.text if body.echo else "",
+        echo=order.prompt_text if body.echo else "",
     )
     return await _respond(shared, form, order)
 

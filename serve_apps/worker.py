@@ -6,7 +6,8 @@ engine its answers, a silent gateway its requests. Serve restarts a replica whos
 
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 import ray
 import torch
@@ -15,8 +16,10 @@ from ray.exceptions import RayError, RayTaskError
 
 from attribution.errors import Refusal, Unavailable
 from cluster.config import EngineSettings, Settings
+from cluster.database import connect, reading
 from cluster.models import base_model, native_dtype
 from cluster.storage import open_storage
+from serve_apps import catalog
 from serve_apps.engine.adapter_cache import CacheLimits
 from serve_apps.engine.loading import EngineConfig, build_engine
 from serve_apps.engine.scheduler import Limits
@@ -40,13 +43,24 @@ class EngineActor:
         storage = open_storage(
             settings.storage_url, s3_endpoint=settings.s3_endpoint, cache_dir=settings.home / "cache"
         )
-        self._host = EngineHost(build_engine(base_model(settings), storage, engine_config(settings.engine)))
+        base, config = base_model(settings), engine_config(settings.engine)
+        if settings.engine.pinned_adapters:
+            with reading(connect(settings.database_url)) as session:
+                pinned = catalog.pinned(session, settings.engine.pinned_adapters, base.base_id)
+            config = replace(config, pinned=pinned)
+        self._host = EngineHost(build_engine(base, storage, config))
 
     async def submit(self, request: EngineRequest) -> None:
         await self._host.submit(request)
 
     async def cancel(self, owner: str, request_id: bytes) -> None:
         await self._host.cancel(owner, request_id)
+
+    async def prefetch(self, adapter_id: bytes) -> None:
+        await self._host.prefetch(adapter_id)
+
+    async def withdraw(self, adapter_ids: Sequence[bytes]) -> None:
+        await self._host.withdraw(adapter_ids)
 
     async def renew(self, owner: str, num_read: int) -> EngineLoad:
         return await self._host.renew(owner, num_read)
@@ -106,6 +120,12 @@ class ActorDoor:
 
     async def cancel(self, owner: str, request_id: bytes) -> None:
         await _translated(self._engine.cancel.remote(owner, request_id))
+
+    async def prefetch(self, adapter_id: bytes) -> None:
+        await _translated(self._engine.prefetch.remote(adapter_id))
+
+    async def withdraw(self, adapter_ids: Sequence[bytes]) -> None:
+        await _translated(self._engine.withdraw.remote(adapter_ids))
 
     async def renew(self, owner: str, num_read: int) -> EngineLoad:
         load = await _translated(self._engine.renew.remote(owner, num_read))

@@ -7,15 +7,20 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from attribution.errors import Refusal, Unavailable
+from attribution.types import ZERO_ID
 from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest, TokenEvent
 from serve_apps.outbox import Outbox
 
 log = logging.getLogger(__name__)
+
+NUM_ASKED = 4096
+TELL_WITHIN_S = 1.0
 
 
 class Door(Protocol):
@@ -23,6 +28,8 @@ class Door(Protocol):
 
     async def submit(self, request: EngineRequest) -> None: ...
     async def cancel(self, owner: str, request_id: bytes) -> None: ...
+    async def prefetch(self, adapter_id: bytes) -> None: ...
+    async def withdraw(self, adapter_ids: Sequence[bytes]) -> None: ...
     async def renew(self, owner: str, num_read: int) -> EngineLoad: ...
     def stream(self, owner: str) -> AsyncIterator[Bundle]: ...
 
@@ -37,7 +44,18 @@ class _Link:
     load: EngineLoad | None = None  # None until the first bundle
     num_read: int = 0
     mailboxes: dict[bytes, Outbox] = field(default_factory=dict)
+    asked: OrderedDict[bytes, None] = field(default_factory=OrderedDict)  # adapters, the latest last
+    num_withdrawn: int = 0  # withdrawals it knows of
     task: "asyncio.Task[None] | None" = None
+
+    def asks(self, adapter_id: bytes) -> bool:
+        """Remember the use of an adapter; whether it is new among the last ``NUM_ASKED``."""
+        is_new = adapter_id not in self.asked
+        self.asked[adapter_id] = None
+        self.asked.move_to_end(adapter_id)
+        if len(self.asked) > NUM_ASKED:
+            self.asked.popitem(last=False)
+        return is_new
 
 
 class WorkerPool:
@@ -47,6 +65,8 @@ class WorkerPool:
         self._gateway_id = gateway_id
         self._renew_every_s = renew_every_s
         self._links: dict[str, _Link] = {}
+        self._withdrawn: list[bytes] = []
+        self._calls: set[asyncio.Task[None]] = set()  # that nobody waits for
 
     @property
     def loads(self) -> dict[str, EngineLoad]:
@@ -96,6 +116,32 @@ class WorkerPool:
             if not is_over:
                 await _ignore_unavailable(link.door.cancel(link.owner, request.request_id))
 
+    def prefetch(self, adapter_id: bytes) -> None:
+        """Let the worker that would be chosen begin to load an adapter that it was not asked for lately.
+        Returns at once and fails silently."""
+        if adapter_id == ZERO_ID:
+            return
+        with contextlib.suppress(Unavailable):
+            link = self._choose(adapter_id)
+            if link.asks(adapter_id):
+                call = asyncio.create_task(_ignore_unavailable(link.door.prefetch(adapter_id)))
+                self._calls.add(call)
+                call.add_done_callback(self._calls.discard)
+
+    async def withdraw(self, adapter_ids: Iterable[bytes] = ()) -> None:
+        """Tell every worker, those that come later at the next call, what is withdrawn: these adapters, and
+        those of earlier calls that it has not heard of."""
+        self._withdrawn.extend(adapter_ids)
+        behind = [link for link in self._links.values() if link.num_withdrawn < len(self._withdrawn)]
+        await asyncio.gather(*(self._tell_withdrawn(link) for link in behind))
+
+    async def _tell_withdrawn(self, link: _Link) -> None:
+        untold = self._withdrawn[link.num_withdrawn :]
+        with contextlib.suppress(Unavailable, TimeoutError):  # it is told again
+            async with asyncio.timeout(TELL_WITHIN_S):
+                await link.door.withdraw(untold)
+            link.num_withdrawn += len(untold)
+
     def _choose(self, adapter_id: bytes) -> _Link:
         """The worker with the fewest requests of ours and others'; among equals one that has the adapter."""
         ready = [link for link in self._links.values() if link.load is not None]
@@ -105,7 +151,7 @@ class WorkerPool:
         def cost(link: _Link) -> tuple[int, bool, str]:
             assert link.load is not None
             busy = max(len(link.mailboxes), link.load.num_running + link.load.num_waiting)
-            return busy, adapter_id not in link.load.resident_adapters, link.worker_id
+            return busy, adapter_id not in link.asked, link.worker_id
 
         return min(ready, key=cost)
 

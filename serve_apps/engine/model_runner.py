@@ -26,6 +26,7 @@ from serve_apps.engine.lora import (
     add_lora_stacked,
     fuse,
 )
+from serve_apps.engine.runner import Outputs
 from serve_apps.engine.scheduler import Row, StepPlan
 
 # Measured on two AVX-512 cores: below four adapters a loop of small products beats the batched one, beyond
@@ -96,7 +97,12 @@ class ModelRunner:
 
     def fit(self, factors: Mapping[str, adapter_files.Factors]) -> LoraWeights:
         """Factors per module (``a [rank, d_in]``, ``b [d_out, rank]``) as this runner wants them: per fused
-        projection, transposed, in the model's own type and place."""
+        projection, transposed, in the model's own type and place.
+
+        Raises:
+            Rejected: ``adapter_values``, where one is not finite.
+        """
+        adapter_files.check_finite(factors)
         sizes = part_sizes(self.model)
         layers = []
         for index in range(self.shape.num_layers):
@@ -117,12 +123,8 @@ class ModelRunner:
         return Factors(a, b)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, adapters: Mapping[bytes, LoraWeights]) -> Tensor:
-        """Compute every row of ``plan``.
-
-        Returns:
-            Logits ``[rows that sample, vocabulary]``, in the order of the plan.
-        """
+    def run(self, plan: StepPlan, adapters: Mapping[bytes, LoraWeights]) -> Outputs:
+        """Compute every row of ``plan``."""
         self._clear([block for row in plan.rows for block in row.new_blocks])
         step = self._prepare(plan, adapters)
         model = self.model
@@ -133,7 +135,8 @@ class ModelRunner:
             x = self._norm(hidden, layer.mlp_norm)
             gate, up = self._project(x, index, "gate_up", step).chunk(2, dim=-1)
             hidden = hidden + self._project(F.silu(gate) * up, index, "down", step)
-        return F.linear(self._norm(hidden[step.sampled], model.final_norm), model.head)
+        last = self._norm(hidden[step.sampled], model.final_norm)
+        return Outputs(last, F.linear(last, model.head))
 
     def _clear(self, blocks: list[int]) -> None:
         if blocks:

@@ -97,7 +97,8 @@ class EngineRequest:
     """One generation. ``owner`` (a gateway) may cancel it and its death does; ``tenant`` (an account) is whom
     fairness and the sharing of cached prefixes are reckoned by.
 
-    An embedding is answered at the prompt's last token: no token, and as text ``Unembedding.embedding``."""
+    An embedding is answered at the prompt's last token: no token, and as text the ``embedding`` of the
+    hidden state there."""
 
     request_id: bytes
     owner: str
@@ -155,7 +156,7 @@ class EngineLoad:
     num_waiting: int
     num_free_blocks: int
     num_blocks: int
-    resident_adapters: tuple[bytes, ...]
+    num_adapters: int  # loaded
     num_prefilled: int = 0  # tokens of prompts computed so far,
     num_reused: int = 0  # and found in the cache instead
 
