@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from sqlalchemy.orm import Session
 
 from attribution.errors import Refusal
 from cluster.charges import Charge
@@ -27,11 +28,16 @@ IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_lengt
 
 
 @router.get("/v1/models")
-async def models(shared: Shared, caller: Caller) -> dict[str, Any]:
-    adapters = await shared.read(lambda session: catalog.served(session, shared.base.base_id))
-    base = {"id": catalog.BASE, "object": "model", "created": 0, "owned_by": "openledger"}
-    listed = [_model(adapter.ref, adapter.base_id, adapter.adapter_id) for adapter in adapters]
-    return {"object": "list", "data": [base, *listed]}
+async def models(shared: Shared, caller: Caller) -> Response:
+    """All of them: this list of the API has no pages. Thousands are written on the thread that reads them."""
+
+    def listed(session: Session) -> bytes:
+        base = {"id": catalog.BASE, "object": "model", "created": 0, "owned_by": "openledger"}
+        adapters = catalog.served(session, shared.base.base_id)
+        data = [base, *(_model(each.ref, each.base_id, each.adapter_id) for each in adapters)]
+        return json.dumps({"object": "list", "data": data}).encode()
+
+    return Response(await shared.read(listed), media_type="application/json")
 
 
 @router.get("/v1/models/{name:path}")

@@ -119,7 +119,11 @@ class ModelRunner:
     def _turned(self, factors: adapter_files.Factors | None) -> Factors | None:
         if factors is None:
             return None
-        a, b = (t.t().to(self.model.device, self.model.dtype).contiguous() for t in (factors.a, factors.b))
+        # Copied even where nothing changes: the file that they point into is let go.
+        a, b = (
+            t.t().to(self.model.device, self.model.dtype, copy=True).contiguous()
+            for t in (factors.a, factors.b)
+        )
         return Factors(a, b)
 
     @torch.inference_mode()

@@ -8,6 +8,7 @@ from pathlib import Path
 import openai
 import pytest
 import sqlalchemy
+from sqlalchemy import insert
 
 from attribution.errors import Rejected, Unavailable
 from attribution.types import ZERO_ID
@@ -15,6 +16,7 @@ from cluster import adapters
 from cluster.adapters import pack, publish, store_adapter
 from cluster.config import EngineSettings
 from cluster.database import reading, writing
+from cluster.tables import AdapterRow
 from serve_apps import catalog
 from serve_apps.engine.adapter_cache import CacheLimits
 from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest
@@ -178,6 +180,28 @@ def test_every_route_prefetches_what_it_is_asked_for(gateway: Gateway) -> None:
         gateway.wait_until(lambda number=number: gateway.host.engine_load().num_adapters == number)  # type: ignore[misc]
 
 
+def test_ten_thousand_registered_adapters_are_listed_and_each_is_found(gateway: Gateway) -> None:
+    num = 10_000
+    row = {
+        "base_id": gateway.toys.base.base_id.hex(),
+        "version": 1,
+        "manifest_ids": "",
+        "owner_id": "07" * 32,
+        "trajectory": "",
+        "price_gwei_per_token": 20,
+        "is_promoted": 1,
+        "created_at": 1,
+    }
+    rows = [{**row, "adapter_id": f"{n:064x}", "name": f"many/m{n}"} for n in range(num)]
+    with writing(gateway.database) as session:
+        session.execute(insert(AdapterRow), rows)
+    client = gateway.client()
+    assert len(list(client.models.list())) == num + len(gateway.toys.adapter_ids) + 1
+    assert client.models.retrieve("many/m9999").id == "many/m9999@1"
+    assert client.chat.completions.create(model="toy/a1", messages=ASK, **SHORT).model == "toy/a1@1"
+    assert gateway.host.engine_load().num_adapters == 1
+
+
 def test_pins_are_what_names_stand_for_and_a_withdrawn_one_keeps_no_worker_down(
     gateway: Gateway, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -193,5 +217,5 @@ def test_pins_are_what_names_stand_for_and_a_withdrawn_one_keeps_no_worker_down(
     assert engine.load().num_adapters == 2
     engine.close()
     with pytest.raises(Rejected) as refused:
-        gateway.toys.engine(pinned=ids, adapters=CacheLimits(budget_bytes=60_000, max_adapter_bytes=50_000))
+        gateway.toys.engine(pinned=ids, adapters=CacheLimits(budget_bytes=400_000, max_adapter_bytes=200_000))
     assert refused.value.code == "pins_too_large"
