@@ -50,7 +50,6 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
     del model
     runner = _runner(decoder, config)
     del decoder
-    _return_free_memory()
     load = adapter_loader(
         storage, base.base_id, linear_shapes(base.path), runner.fit, config.adapters.num_loaders
     )
@@ -58,7 +57,7 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
     cache.pin(config.pinned)
     tokenizer = load_tokenizer(base.path)
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return Engine(
+    engine = Engine(
         runner,
         Scheduler(config.limits, BlockPool(runner.num_blocks, config.block_size)),
         cache,
@@ -66,10 +65,12 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
         constrain=Grammars(tokenizer, runner.shape.vocabulary, eos_ids).constraint,
         eos_ids=frozenset(eos_ids),
     )
+    _return_free_memory()
+    return engine
 
 
 def _return_free_memory() -> None:
-    """The weights as they were read are packed by now; the allocator would keep their pages (160 MiB)."""
+    """What was read has been packed; the allocator would keep its pages (150 MiB of SmolLM2-135M)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
