@@ -10,6 +10,6 @@ def keccak256(data: bytes) -> bytes:
     return bytes(sha3.keccak_256(data).digest())
 
 
-def sha256(data: bytes) -> bytes:
+def sha256(data: bytes | memoryview) -> bytes:
     """32 bytes."""
     return hashlib.sha256(data).digest()

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from sqlalchemy import Select, select, update
+from sqlalchemy import Select, func, select, update
 from sqlalchemy.orm import Session
 from torch import Tensor
 
 from attribution.errors import Corrupted, Rejected
 from attribution.hashing import sha256
 from attribution.types import Adapter
+from cluster.packed_header import read_header
 from cluster.storage import Storage
 from cluster.tables import AdapterRow
 
@@ -73,7 +74,51 @@ def unpack(data: bytes, base_id: bytes, linear_shapes: Mapping[str, tuple[int, i
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:  # a pickle, a truncated file, an unknown type
         raise Rejected("not_safetensors", f"not a safetensors file: {error}", field="adapter") from error
-    given = _metadata(data).get("base_id")
+    length = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    weights = _fitting(tensors, metadata.get("base_id"), base_id, linear_shapes)
+    check_finite(weights.factors)
+    return weights
+
+
+def view(data: memoryview, base_id: bytes, linear_shapes: Mapping[str, tuple[int, int]]) -> AdapterWeights:
+    """``unpack`` without its copies and its look at the values: who packs them further looks at them there.
+
+    The factors point into ``data``, which must be writable and is not written to. Only a header of the plain
+    form that ``pack`` gives is read here, any other by ``unpack``: so both refuse the same files.
+
+    Raises:
+        Rejected: as ``unpack`` does, but for ``adapter_values``.
+    """
+    header = read_header(data)
+    if header is None:
+        return unpack(bytes(data), base_id, linear_shapes)
+    values = torch.frombuffer(data, dtype=torch.bfloat16, offset=header.size_bytes)
+    tensors = {
+        name: values.as_strided(shape, (shape[1], 1), start)
+        for name, (shape, start, _) in header.places.items()
+    }
+    return _fitting(tensors, header.base_id, base_id, linear_shapes)
+
+
+def check_finite(factors: Mapping[str, Factors]) -> None:
+    """Raises: Rejected ``adapter_values``."""
+    for module, factor in factors.items():
+        if not (factor.a.isfinite().all() and factor.b.isfinite().all()):
+            raise not_finite(module)
+
+
+def not_finite(module: str) -> Rejected:
+    return Rejected("adapter_values", f"{module} holds values that are not finite", field=module)
+
+
+def _fitting(
+    tensors: Mapping[str, Tensor],
+    given: str | None,
+    base_id: bytes,
+    linear_shapes: Mapping[str, tuple[int, int]],
+) -> AdapterWeights:
+    """``tensors`` by module, if they are an adapter of this base."""
     if given != base_id.hex():
         raise Rejected("adapter_base", f"made for base {given!r}, this is {base_id.hex()}", field="base_id")
     modules = sorted({name.rpartition(".")[0] for name in tensors})
@@ -85,12 +130,6 @@ def unpack(data: bytes, base_id: bytes, linear_shapes: Mapping[str, tuple[int, i
             "adapter_module", f"{len(tensors)} tensors for {len(modules)} modules", field="adapter"
         )
     return AdapterWeights(base_id, factors)
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    length = int.from_bytes(data[:8], "little")
-    found = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    return found if isinstance(found, dict) else {}
 
 
 def _factors(
@@ -109,8 +148,6 @@ def _factors(
     if not 1 <= rank <= MAX_RANK or (tuple(a.shape), tuple(b.shape)) != expected:
         found = (tuple(a.shape), tuple(b.shape))
         raise Rejected("adapter_shape", f"{module}: a and b are {found}, expected {expected}", field=module)
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise Rejected("adapter_values", f"{module} holds values that are not finite", field=module)
     return Factors(a, b)
 
 
@@ -245,6 +282,18 @@ def withdraw(session: Session, ref: str, now: int) -> None:
     row = _row(session, ref)
     row.withdrawn_at = row.withdrawn_at or now
     row.is_promoted = 0
+
+
+def num_withdrawn(session: Session) -> int:
+    """Versions no longer served. It only ever grows: a withdrawal is for good."""
+    withdrawn = AdapterRow.withdrawn_at.is_not(None)
+    return session.scalars(select(func.count()).select_from(AdapterRow).where(withdrawn)).one()
+
+
+def withdrawn(session: Session) -> list[bytes]:
+    """Adapters no longer served."""
+    ids = select(AdapterRow.adapter_id).where(AdapterRow.withdrawn_at.is_not(None))
+    return [bytes.fromhex(adapter_id) for adapter_id in session.scalars(ids)]
 
 
 def _row(session: Session, ref: str) -> AdapterRow:

@@ -116,6 +116,9 @@ class EngineSettings(Values):
     adapter_bytes: int = 536_870_912  # loaded adapters; one may take a quarter of it
     vllm_max_adapters: int = 16  # vLLM has slots instead: so many,
     vllm_max_rank: int = 64  # each as large as an adapter of this rank
+    pinned_adapters: tuple[
+        str, ...
+    ] = ()  # always loaded; owner/model@version, or a name as promoted at start
     max_batch_tokens: int = 512  # of one step: bounds how long a prompt delays everybody's next token
     max_running: int = 16
     max_waiting: int = 64

@@ -6,6 +6,7 @@ named by their hash never change; overwriting others is allowed, and the last wr
 
 import hashlib
 import io
+import mmap
 import os
 import re
 import secrets
@@ -37,6 +38,12 @@ class Storage(Protocol):
 
     def open(self, key: str) -> BinaryIO:
         """Read without holding the object in memory. The caller closes it."""
+        ...
+
+    def map(self, key: str) -> memoryview:
+        """The bytes of ``fetch``, read from the file when they are touched; not checked against any hash.
+
+        The view is private: what is written to it changes no file. It ends with its last reference."""
         ...
 
     def upload(self, key: str, path: Path) -> None:
@@ -147,6 +154,9 @@ class DirectoryStorage:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise _not_found(key) from error
 
+    def map(self, key: str) -> memoryview:
+        return _mapped(self.fetch(key))
+
     def upload(self, key: str, path: Path) -> None:
         with path.open("rb") as source, self._written(key, source) as (temporary, target):
             temporary.replace(target)
@@ -228,6 +238,9 @@ class S3Storage:
     def open(self, key: str) -> BinaryIO:
         with _translated(key):
             return cast(BinaryIO, self._client.get_object(**self._object(key))["Body"])
+
+    def map(self, key: str) -> memoryview:
+        return _mapped(self.fetch(key))
 
     def upload(self, key: str, path: Path) -> None:
         with _translated(key):
@@ -316,6 +329,13 @@ def _checked(key: str) -> str:
     if len(key) > 512 or not _KEY.fullmatch(key):
         raise Rejected("bad_key", f"not a storage key: {key[:80]!r}", field="key")
     return key
+
+
+def _mapped(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return memoryview(bytearray())  # which no system maps
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def _file_sha256(path: Path) -> str:

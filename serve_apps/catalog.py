@@ -1,7 +1,9 @@
 """What can be asked here, and at what price: the base model, every published adapter over it, and blends of
 adapters: ``owner/one@1*0.7+owner/other*0.3``, by weights of at most six decimals that sum to 1."""
 
+import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -15,6 +17,8 @@ from cluster.tables import AdapterRow
 
 BASE = "base"
 WEIGHT = re.compile(r"0?\.[0-9]{1,6}")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,23 @@ def _blended(parts: list[tuple[ServedModel, int]], base_id: bytes) -> ServedMode
 
 def _blend_ref(parts: list[tuple[str, int]]) -> str:
     return "+".join(f"{ref}*{f'{ppm / PPM:.6f}'.rstrip('0')}" for ref, ppm in sorted(parts))
+
+
+def pinned(session: Session, refs: Sequence[str], base_id: bytes) -> tuple[bytes, ...]:
+    """The adapters that ``refs`` name. One that was withdrawn is left out: it must not keep a worker down.
+
+    Raises:
+        Rejected: ``model_not_found`` for an unknown name, or one of another base.
+    """
+    found: dict[bytes, None] = {}
+    for ref in refs:
+        try:
+            found[resolve(session, ref, base_id, 0).adapter_id] = None
+        except Rejected as refusal:
+            if refusal.code != "model_withdrawn":
+                raise
+            log.warning("not pinned: %s", refusal.message)
+    return tuple(adapter_id for adapter_id in found if adapter_id != ZERO_ID)
 
 
 def base_ref(base_id: bytes) -> str:

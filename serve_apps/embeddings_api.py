@@ -14,13 +14,12 @@ from pydantic import Field
 from attribution.commitment import Turn, prompt_sha256
 from attribution.errors import Rejected
 from attribution.hashing import sha256
-from serve_apps import catalog
 from serve_apps.answers import MAX_INPUTS, Order
 from serve_apps.engine.types import SamplingParams
 from serve_apps.openai_answers import proof, usage
 from serve_apps.openai_api import IdempotencyKey, headers, last_of
 from serve_apps.openai_schema import MAX_MODEL_CHARS, Body, unsupported
-from serve_apps.ordering import refuse_unclear
+from serve_apps.ordering import refuse_unclear, served_model
 from serve_apps.services import Caller, Services, Shared
 
 router = APIRouter()
@@ -52,12 +51,12 @@ async def embeddings(
 ) -> Response:
     if body.dimensions is not None:
         raise unsupported("dimensions", body.dimensions)  # no model here was trained to be cut
+    model = await served_model(shared, body.model)
     inputs = await asyncio.to_thread(_token_ids, shared, body)
-    base_id, price = shared.base.base_id, shared.base_gwei_per_token
     turns = [Turn("", shared.tokenizer.decode(ids)) for ids in inputs]
     order = Order(
         account=caller,
-        model=await shared.read(lambda session: catalog.resolve(session, body.model, base_id, price)),
+        model=model,
         prompt_ids=tuple(token for ids in inputs for token in ids),
         prompt_text="\n\n".join(turn.content for turn in turns),
         prompt_sha256=prompt_sha256(turns),

@@ -8,7 +8,7 @@ stop the host drains it first: nothing new is taken, and what runs is finished a
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -22,6 +22,8 @@ class SteppedEngine(Protocol):
 
     def submit(self, request: EngineRequest) -> None: ...
     def cancel(self, request_id: bytes) -> None: ...
+    def prefetch(self, adapter_id: bytes) -> None: ...
+    def withdraw(self, adapter_ids: Iterable[bytes]) -> None: ...
     def wait_for_work(self, timeout_s: float) -> None: ...
     def step(self) -> Bundle: ...
     def load(self) -> EngineLoad: ...
@@ -94,6 +96,12 @@ class EngineHost:
             is_owned = found is not None and request_id in found.request_ids
         if is_owned:
             self._engine.cancel(request_id)
+
+    async def prefetch(self, adapter_id: bytes) -> None:
+        self._engine.prefetch(adapter_id)
+
+    async def withdraw(self, adapter_ids: Sequence[bytes]) -> None:
+        self._engine.withdraw(adapter_ids)
 
     async def renew(self, owner: str, num_read: int) -> EngineLoad:
         """Say that the gateway lives and has read ``num_read`` bundles of its stream.

@@ -19,6 +19,7 @@ from attribution.errors import Refusal, Unavailable
 from cluster import charges
 from serve_apps import datanet_api, embeddings_api, http_errors, openai_api, receipts_api, responses_api
 from serve_apps.services import Services, Shared
+from serve_apps.withdrawals import follow_withdrawals
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def build_app(services: Services, *keepers: Keeper, release_every_s: float = 5.0
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         tasks = [asyncio.ensure_future(keeper(services)) for keeper in keepers]
         tasks.append(asyncio.ensure_future(_release_orphans(services, release_every_s)))
+        tasks.append(asyncio.ensure_future(follow_withdrawals(services)))
         for task in tasks:
             task.add_done_callback(_report)
         yield
@@ -95,7 +97,7 @@ async def metrics(shared: Shared) -> Response:
             f"openledger_engine_free_blocks{label} {load.num_free_blocks}",
             f"openledger_engine_draining{label} {int(load.is_draining)}",
             f"openledger_engine_blocks{label} {load.num_blocks}",
-            f"openledger_engine_adapters{label} {len(load.resident_adapters)}",
+            f"openledger_engine_adapters{label} {load.num_adapters}",
             f"openledger_engine_leases{label} {load.num_leases}",
             f"openledger_engine_prefilled_tokens{label} {load.num_prefilled}",
             f"openledger_engine_reused_tokens{label} {load.num_reused}",

@@ -3,7 +3,6 @@
 A route checks, reserves, streams and ends; the first token is awaited before the response begins, so that
 whatever goes wrong until then has its proper status."""
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from sqlalchemy.orm import Session
 
 from attribution.errors import Refusal
 from cluster.charges import Charge
@@ -20,7 +20,7 @@ from serve_apps.answers import Order, Piece, Settled
 from serve_apps.http_errors import openai_error
 from serve_apps.openai_answers import Chunks, Form, whole
 from serve_apps.openai_schema import ChatRequest, CompletionRequest
-from serve_apps.ordering import chat_prompt, order_of, plain_prompt, refuse_unclear
+from serve_apps.ordering import order_of, refuse_unclear
 from serve_apps.services import Caller, Services, Shared
 
 router = APIRouter()
@@ -28,11 +28,16 @@ IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_lengt
 
 
 @router.get("/v1/models")
-async def models(shared: Shared, caller: Caller) -> dict[str, Any]:
-    adapters = await shared.read(lambda session: catalog.served(session, shared.base.base_id))
-    base = {"id": catalog.BASE, "object": "model", "created": 0, "owned_by": "openledger"}
-    listed = [_model(adapter.ref, adapter.base_id, adapter.adapter_id) for adapter in adapters]
-    return {"object": "list", "data": [base, *listed]}
+async def models(shared: Shared, caller: Caller) -> Response:
+    """All of them: this list of the API has no pages. Thousands are written on the thread that reads them."""
+
+    def listed(session: Session) -> bytes:
+        base = {"id": catalog.BASE, "object": "model", "created": 0, "owned_by": "openledger"}
+        adapters = catalog.served(session, shared.base.base_id)
+        data = [base, *(_model(each.ref, each.base_id, each.adapter_id) for each in adapters)]
+        return json.dumps({"object": "list", "data": data}).encode()
+
+    return Response(await shared.read(listed), media_type="application/json")
 
 
 @router.get("/v1/models/{name:path}")
@@ -63,8 +68,7 @@ async def chat_completions(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     body.refuse_unsupported()
-    prompt = await asyncio.to_thread(chat_prompt, shared, body)
-    order = await order_of(request, body, prompt, shared, caller, idempotency_key)
+    order = await order_of(request, body, shared, caller, idempotency_key)
     form = Form(
         is_chat=True,
         token_bytes=shared.grammars.token_bytes,
@@ -84,14 +88,13 @@ async def completions(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     body.refuse_unsupported()
-    prompt = await asyncio.to_thread(plain_prompt, shared, body)
-    order = await order_of(request, body, prompt, shared, caller, idempotency_key)
+    order = await order_of(request, body, shared, caller, idempotency_key)
     form = Form(
         is_chat=False,
         token_bytes=shared.grammars.token_bytes,
         has_logprobs=body.num_logprobs is not None,
         has_usage=body.wants_usage,
-        echo=prompt.text if body.echo else "",
+        echo=order.prompt_text if body.echo else "",
     )
     return await _respond(shared, form, order)
 

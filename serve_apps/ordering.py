@@ -15,6 +15,7 @@ from cluster.accounts import Account
 from cluster.models import has_tools_template, render_prompt
 from serve_apps import catalog
 from serve_apps.answers import Order
+from serve_apps.catalog import ServedModel
 from serve_apps.engine.grammar import json_grammar
 from serve_apps.openai_schema import ChatRequest, CompletionRequest
 from serve_apps.services import Services
@@ -84,24 +85,37 @@ async def refuse_unclear(request: Request) -> None:
         return  # no JSON at all, which is said elsewhere
 
 
+async def served_model(shared: Services, name: str) -> ServedModel:
+    """What ``name`` means now. Its adapter is on its way to memory while the rest of the request is read.
+
+    Raises: Rejected as ``catalog.resolve`` does."""
+    base_id, price = shared.base.base_id, shared.base_gwei_per_token
+    model = await shared.read(lambda session: catalog.resolve(session, name, base_id, price))
+    if model.blend is None:
+        shared.pool.prefetch(model.adapter_id)
+    return model
+
+
 async def order_of(
     request: Request,
     body: ChatRequest | CompletionRequest,
-    prompt: Prompt,
     shared: Services,
     account: Account,
     idempotency_key: str | None,
 ) -> Order:
     """Raises: Rejected for whatever is wrong with the request, but for credit."""
     content = await request.body()
-    if isinstance(body, ChatRequest) and (body.calls_tools or body.response_format is not None):
-        await asyncio.to_thread(check_grammar, shared, body)
+    model = await served_model(shared, body.model)
+    if isinstance(body, ChatRequest):
+        prompt = await asyncio.to_thread(chat_prompt, shared, body)
+        if body.calls_tools or body.response_format is not None:
+            await asyncio.to_thread(check_grammar, shared, body)
+    else:
+        prompt = await asyncio.to_thread(plain_prompt, shared, body)
     max_tokens = _allowed_tokens(body, len(prompt.token_ids), shared)
     sampling = body.sampling(max_tokens, seed=secrets.randbits(63))
     if not all(bias.token_id < len(shared.tokenizer) for bias in sampling.logit_bias):
         raise Rejected("token_out_of_range", "logit_bias has ids that are no tokens", field="logit_bias")
-    base_id, price = shared.base.base_id, shared.base_gwei_per_token
-    model = await shared.read(lambda session: catalog.resolve(session, body.model, base_id, price))
     return Order(
         account=account,
         model=model,

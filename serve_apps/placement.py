@@ -76,6 +76,10 @@ class Placement:
     def place(self, adapter_id: bytes, candidates: Sequence[Candidate]) -> list[str]:
         """Every worker that may be asked, best first; counts the request as traffic."""
         self._traffic.count(adapter_id)
+        return self.expect(adapter_id, candidates)
+
+    def expect(self, adapter_id: bytes, candidates: Sequence[Candidate]) -> list[str]:
+        """The same for a request that may come."""
         return order(adapter_id, candidates, self._traffic.share(adapter_id), self._config.bound)
 
 

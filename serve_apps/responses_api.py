@@ -2,7 +2,6 @@
 
 A stream's items close, and its last event comes, when the receipt is durable."""
 
-import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
@@ -18,7 +17,7 @@ from serve_apps.answers import Order, Piece, Settled
 from serve_apps.http_errors import openai_error
 from serve_apps.openai_answers import call_id, proof
 from serve_apps.openai_api import IdempotencyKey, event, headers, last_of
-from serve_apps.ordering import chat_prompt, order_of, refuse_unclear
+from serve_apps.ordering import order_of, refuse_unclear
 from serve_apps.responses_schema import ResponsesRequest
 from serve_apps.services import Caller, Services, Shared
 from serve_apps.tool_calls import Arguments, CallBegun, CallReader, Content, read_calls
@@ -44,8 +43,7 @@ async def responses(
     chat = body.chat
     try:
         chat.refuse_unsupported()
-        prompt = await asyncio.to_thread(chat_prompt, shared, chat)
-        order = await order_of(request, chat, prompt, shared, caller, idempotency_key)
+        order = await order_of(request, chat, shared, caller, idempotency_key)
     except Rejected as refusal:
         raise _respelt(refusal) from refusal
     charge = await shared.sessions.reserve(order)

@@ -7,9 +7,9 @@ Serve restarts a replica whose engine is gone."""
 
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import ray
 import torch
@@ -18,8 +18,10 @@ from ray.exceptions import RayError, RayTaskError
 
 from attribution.errors import Refusal, Unavailable
 from cluster.config import EngineSettings, Settings
+from cluster.database import connect, reading
 from cluster.models import base_model, native_dtype
 from cluster.storage import Storage, open_storage
+from serve_apps import catalog
 from serve_apps.autoscaling import pressure_of
 from serve_apps.engine.adapter_cache import CacheLimits
 from serve_apps.engine.engine import Engine
@@ -54,6 +56,12 @@ class EngineActor:
 
     async def cancel(self, owner: str, request_id: bytes) -> None:
         await self._host.cancel(owner, request_id)
+
+    async def prefetch(self, adapter_id: bytes) -> None:
+        await self._host.prefetch(adapter_id)
+
+    async def withdraw(self, adapter_ids: Sequence[bytes]) -> None:
+        await self._host.withdraw(adapter_ids)
 
     async def renew(self, owner: str, num_read: int) -> EngineLoad:
         return await self._host.renew(owner, num_read)
@@ -133,6 +141,12 @@ class ActorDoor:
     async def cancel(self, owner: str, request_id: bytes) -> None:
         await _translated(self._engine.cancel.remote(owner, request_id))
 
+    async def prefetch(self, adapter_id: bytes) -> None:
+        await _translated(self._engine.prefetch.remote(adapter_id))
+
+    async def withdraw(self, adapter_ids: Sequence[bytes]) -> None:
+        await _translated(self._engine.withdraw.remote(adapter_ids))
+
     async def renew(self, owner: str, num_read: int) -> EngineLoad:
         load = await _translated(self._engine.renew.remote(owner, num_read))
         assert isinstance(load, EngineLoad)
@@ -149,6 +163,10 @@ class ActorDoor:
 def _engine(settings: Settings, storage: Storage) -> Engine | VllmEngine:
     base, config = base_model(settings), engine_config(settings.engine)
     if settings.engine.backend == "openlora":
+        if settings.engine.pinned_adapters:
+            with reading(connect(settings.database_url)) as session:
+                pinned = catalog.pinned(session, settings.engine.pinned_adapters, base.base_id)
+            config = replace(config, pinned=pinned)
         return build_engine(base, storage, config)
     vllm = VllmConfig(
         dtype=str(config.dtype).removeprefix("torch."),

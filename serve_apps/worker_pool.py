@@ -8,16 +8,21 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from attribution.errors import Refusal, Unavailable
+from attribution.types import ZERO_ID
 from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest, TokenEvent
 from serve_apps.outbox import Outbox
 from serve_apps.placement import Candidate, Placement
 
 log = logging.getLogger(__name__)
+
+NUM_ASKED = 4096
+TELL_WITHIN_S = 1.0
 
 
 class Door(Protocol):
@@ -25,6 +30,8 @@ class Door(Protocol):
 
     async def submit(self, request: EngineRequest) -> None: ...
     async def cancel(self, owner: str, request_id: bytes) -> None: ...
+    async def prefetch(self, adapter_id: bytes) -> None: ...
+    async def withdraw(self, adapter_ids: Sequence[bytes]) -> None: ...
     async def renew(self, owner: str, num_read: int) -> EngineLoad: ...
     def stream(self, owner: str) -> AsyncIterator[Bundle]: ...
 
@@ -39,12 +46,23 @@ class _Link:
     load: EngineLoad | None = None  # None until the first bundle
     num_read: int = 0
     mailboxes: dict[bytes, Outbox] = field(default_factory=dict)
+    asked: OrderedDict[bytes, None] = field(default_factory=OrderedDict)  # adapters, the latest last
+    num_withdrawn: int = 0  # withdrawals it knows of
     task: "asyncio.Task[None] | None" = None
 
     def candidate(self, load: EngineLoad) -> Candidate:
         """What we sent counts at once, what others sent with the worker's next word."""
         busy = max(len(self.mailboxes), load.num_running + load.num_waiting)
         return Candidate(self.worker_id, busy, load.is_full, load.is_draining)
+
+    def asks(self, adapter_id: bytes) -> bool:
+        """Remember the use of an adapter; whether it is new among the last ``NUM_ASKED``."""
+        is_new = adapter_id not in self.asked
+        self.asked[adapter_id] = None
+        self.asked.move_to_end(adapter_id)
+        if len(self.asked) > NUM_ASKED:
+            self.asked.popitem(last=False)
+        return is_new
 
 
 class WorkerPool:
@@ -55,6 +73,8 @@ class WorkerPool:
         self._renew_every_s = renew_every_s
         self._links: dict[str, _Link] = {}
         self._placement = Placement()
+        self._withdrawn: list[bytes] = []
+        self._calls: set[asyncio.Task[None]] = set()  # that nobody waits for
 
     @property
     def loads(self) -> dict[str, EngineLoad]:
@@ -126,6 +146,32 @@ class WorkerPool:
                 await _ignore_unavailable(link.door.cancel(link.owner, request.request_id))
                 raise
         raise refusal
+
+    def prefetch(self, adapter_id: bytes) -> None:
+        """Let the worker that would be chosen begin to load an adapter that it was not asked for lately.
+        Returns at once and fails silently."""
+        if adapter_id == ZERO_ID:
+            return
+        for worker_id in self._placement.expect(adapter_id, self._candidates())[:1]:
+            link = self._links[worker_id]
+            if link.asks(adapter_id):
+                call = asyncio.create_task(_ignore_unavailable(link.door.prefetch(adapter_id)))
+                self._calls.add(call)
+                call.add_done_callback(self._calls.discard)
+
+    async def withdraw(self, adapter_ids: Iterable[bytes] = ()) -> None:
+        """Tell every worker, those that come later at the next call, what is withdrawn: these adapters, and
+        those of earlier calls that it has not heard of."""
+        self._withdrawn.extend(adapter_ids)
+        behind = [link for link in self._links.values() if link.num_withdrawn < len(self._withdrawn)]
+        await asyncio.gather(*(self._tell_withdrawn(link) for link in behind))
+
+    async def _tell_withdrawn(self, link: _Link) -> None:
+        untold = self._withdrawn[link.num_withdrawn :]
+        with contextlib.suppress(Unavailable, TimeoutError):  # it is told again
+            async with asyncio.timeout(TELL_WITHIN_S):
+                await link.door.withdraw(untold)
+            link.num_withdrawn += len(untold)
 
     def _candidates(self) -> list[Candidate]:
         return [link.candidate(link.load) for link in self._links.values() if link.load is not None]

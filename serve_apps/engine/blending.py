@@ -36,6 +36,12 @@ class RecentBlends:
         with self._lock:
             return self._blends.get(adapter_id)
 
+    def holding(self, adapter_id: bytes) -> list[bytes]:
+        """The ids of those that an adapter is part of."""
+        with self._lock:
+            blends = self._blends.items()
+            return [key for key, blend in blends if any(p.adapter_id == adapter_id for p in blend.parts)]
+
 
 def blended(adapters: Sequence[Mapping[str, Factors]], weights_ppm: Sequence[int]) -> dict[str, Factors]:
     """The factors of a blend; a module need not be in all of its parts.

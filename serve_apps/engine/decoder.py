@@ -3,7 +3,7 @@
 ``families.py`` makes one out of what transformers loaded. A block adds ``post(attend(norm(hidden)))`` and
 ``post(mlp(norm(hidden)))``, one after the other or side by side; what a family does not have is ``None``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -121,8 +121,17 @@ class Decoder:
 
     def part_factors(self, factors: Mapping[str, Factors], layer: int, name: str) -> list[Factors | None]:
         """An adapter's factors for the parts of one projection, rows of ``b`` in the projection's order."""
-        path = self.layer_path.format(i=layer)
-        return [_ordered(factors.get(path + part.module), part.order) for part in self.parts[name]]
+        named = named_parts(self.parts[name], self.layer_path.format(i=layer), factors)
+        return [update for _, update in named]
+
+
+def named_parts(
+    parts: Sequence[Part], path: str, factors: Mapping[str, Factors]
+) -> list[tuple[str, Factors | None]]:
+    """The modules of one projection in the block at ``path``, and an adapter's factors for them: rows of
+    ``b`` in the projection's order."""
+    modules = [path + part.module for part in parts]
+    return [(m, _ordered(factors.get(m), part.order)) for m, part in zip(modules, parts, strict=True)]
 
 
 def _ordered(factors: Factors | None, order: Tensor | None) -> Factors | None:

@@ -1,23 +1,22 @@
 """The engine: requests in, bundles of tokens out. Three calls make a step: schedule, run, postprocess.
 
-``submit`` and ``cancel`` may be called from any thread and take effect at the next step; ``step`` belongs to
-one thread. No Ray, no HTTP, no money."""
+``step`` belongs to one thread; the other calls may come from any thread and take effect at the next step. No
+Ray, no HTTP, no money."""
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from torch import Tensor
 
 from attribution.errors import Corrupted, Refusal, Rejected
 from attribution.types import ZERO_ID
-from cluster.adapters import Factors
-from serve_apps.engine.adapter_cache import AdapterCache
+from serve_apps.engine.adapter_cache import AdapterCache, withdrawn_refusal
 from serve_apps.engine.blending import RecentBlends
-from serve_apps.engine.decoder import Shape
+from serve_apps.engine.embedding import embedding
 from serve_apps.engine.grammar import Constrain, Constraint
+from serve_apps.engine.runner import FittedAdapter, Outputs, Runner
 from serve_apps.engine.sampling import logprob_of, sample
 from serve_apps.engine.scheduler import Row, Scheduler, StepPlan
 from serve_apps.engine.text import Decode, Piece, TextStream
@@ -47,29 +46,6 @@ class _Answer:
         return tuple(self.unshown.popleft() for _ in range(piece.num_begun if self.unshown else 0))
 
 
-class FittedAdapter(Protocol):
-    """An adapter as one kind of runner reads it; the engine only carries it."""
-
-    @property
-    def size_bytes(self) -> int: ...
-
-
-class Runner(Protocol):
-    """Computes the rows of a plan: ``ModelRunner`` in torch, ``NativeRunner`` by our own kernels."""
-
-    @property
-    def shape(self) -> Shape: ...
-
-    @property
-    def num_blocks(self) -> int: ...
-
-    def fit(self, factors: Mapping[str, Factors]) -> FittedAdapter:
-        """Called on a thread of the adapter cache."""
-
-    def run(self, plan: StepPlan, adapters: Mapping[bytes, Any]) -> Tensor:
-        """Logits ``[rows that sample, vocabulary]``."""
-
-
 @dataclass(slots=True, eq=False)
 class _Inbox:
     """What other threads asked for since the last step."""
@@ -77,13 +53,14 @@ class _Inbox:
     changed: threading.Condition = field(default_factory=threading.Condition)
     answers: deque[_Answer] = field(default_factory=deque)
     cancelled: deque[bytes] = field(default_factory=deque)
+    withdrawn: deque[bytes] = field(default_factory=deque)  # adapters
 
-    def drain(self) -> tuple[list[_Answer], list[bytes]]:
+    def drain(self) -> tuple[list[_Answer], list[bytes], list[bytes]]:
         with self.changed:
-            answers, cancelled = list(self.answers), list(self.cancelled)
-            self.answers.clear()
-            self.cancelled.clear()
-        return answers, cancelled
+            drained = list(self.answers), list(self.cancelled), list(self.withdrawn)
+            for each in (self.answers, self.cancelled, self.withdrawn):
+                each.clear()
+        return drained
 
 
 class Engine:
@@ -95,7 +72,6 @@ class Engine:
         blends: RecentBlends,
         decode: Decode,
         constrain: Constrain,
-        embed: Callable[[Tensor], str],
         eos_ids: frozenset[int],
     ) -> None:
         self._runner = runner
@@ -104,7 +80,6 @@ class Engine:
         self._blends = blends
         self._decode = decode
         self._constrain = constrain
-        self._embed = embed
         self._eos_ids = eos_ids
         self._inbox = _Inbox()
         self._answers: dict[bytes, _Answer] = {}
@@ -137,6 +112,7 @@ class Engine:
         with self._inbox.changed:
             self._inbox.answers.append(answer)
             self._inbox.changed.notify()
+        self.prefetch(request.adapter_id)
 
     def cancel(self, request_id: bytes) -> None:
         """Stop a request; all it holds is free after the next step. Unknown and finished ids are fine."""
@@ -144,11 +120,25 @@ class Engine:
             self._inbox.cancelled.append(request_id)
             self._inbox.changed.notify()
 
+    def prefetch(self, adapter_id: bytes) -> None:
+        """Begin to load an adapter that a request will want, if that costs nobody anything. Any thread may
+        call, and need not wait for the step that is running."""
+        if adapter_id != ZERO_ID:
+            self._adapters.prefetch(adapter_id)
+
+    def withdraw(self, adapter_ids: Iterable[bytes]) -> None:
+        """Drop adapters for good: from the next step on nothing computes with them, and whoever uses them or
+        asks for them later is refused with ``model_withdrawn``."""
+        with self._inbox.changed:
+            self._inbox.withdrawn.extend(adapter_ids)
+            self._inbox.changed.notify()
+
     def wait_for_work(self, timeout_s: float) -> None:
         """Return when there may be something to do, or after ``timeout_s``."""
         with self._inbox.changed:
-            if not (self._inbox.answers or self._inbox.cancelled or self._answers):
-                self._inbox.changed.wait(timeout_s)
+            inbox = self._inbox
+            if not (inbox.answers or inbox.cancelled or inbox.withdrawn or self._answers):
+                inbox.changed.wait(timeout_s)
 
     def load(self) -> EngineLoad:
         pool = self._scheduler.pool
@@ -157,7 +147,7 @@ class Engine:
             num_waiting=self._scheduler.num_waiting + len(self._inbox.answers),
             num_free_blocks=pool.num_free,
             num_blocks=pool.num_blocks,
-            resident_adapters=self._adapters.resident,
+            num_adapters=self._adapters.num_resident,
             num_prefilled=self._scheduler.num_prefilled,
             num_reused=self._scheduler.num_reused,
             max_waiting=self._scheduler.limits.max_waiting,
@@ -168,8 +158,8 @@ class Engine:
         events = [*self._take_in(), *self._lease_adapters()]
         plan = self._scheduler.schedule(self._is_ready)
         if plan.rows:
-            logits = self._runner.run(plan, self._adapters_of(plan))
-            events += self._postprocess(plan, logits)
+            outputs = self._runner.run(plan, self._adapters_of(plan))
+            events += self._postprocess(plan, outputs)
         elif self._scheduler.num_waiting:
             self._adapters.wait(0.002)  # all that is left waits for an adapter
         self._step += 1
@@ -179,7 +169,12 @@ class Engine:
         self._adapters.close()
 
     def _take_in(self) -> Iterator[TokenEvent]:
-        answers, cancelled = self._inbox.drain()
+        answers, cancelled, withdrawn = self._inbox.drain()
+        for adapter_id in withdrawn:
+            for each in (adapter_id, *self._blends.holding(adapter_id)):
+                self._adapters.withdraw(each)
+                self._leased.pop(each, None)
+                yield from self._refuse(each, withdrawn_refusal(adapter_id))
         for answer in answers:
             try:
                 self._admit(answer)
@@ -245,11 +240,11 @@ class Engine:
         used = {row.adapter_id for row in plan.rows} - {ZERO_ID}
         return {adapter_id: self._adapters.get(adapter_id) for adapter_id in used}
 
-    def _postprocess(self, plan: StepPlan, logits: Tensor) -> Iterator[TokenEvent]:
-        best = logits.max(dim=-1)
+    def _postprocess(self, plan: StepPlan, outputs: Outputs) -> Iterator[TokenEvent]:
+        best = outputs.logits.max(dim=-1)
         rows = (row for row in plan.rows if row.samples)
-        picks = zip(rows, logits, best.values.tolist(), best.indices.tolist(), strict=True)
-        for row, row_logits, highest, argmax in picks:
+        numbers = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for index, (row, (highest, argmax)) in enumerate(zip(rows, numbers, strict=True)):
             if not abs(highest) < float("inf"):
                 self._forget(row.request_id)
                 yield _failed(
@@ -257,9 +252,9 @@ class Engine:
                 )
             elif self._answers[row.request_id].request.is_embedding:
                 self._forget(row.request_id)
-                yield TokenEvent(row.request_id, (), self._embed(row_logits), Finish("stop"))
+                yield TokenEvent(row.request_id, (), embedding(outputs.hidden[index]), Finish("stop"))
             else:
-                yield self._advance_or_fail(row, row_logits, argmax)
+                yield self._advance_or_fail(row, outputs.logits[index], argmax)
 
     def _advance_or_fail(self, row: Row, logits: Tensor, argmax: int) -> TokenEvent:
         try:

@@ -1,6 +1,8 @@
 """From files to an engine: the base model taken apart, adapters fused as they arrive."""
 
+import ctypes
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 
@@ -11,10 +13,10 @@ from attribution.hashing import sha256
 from cluster import adapters as adapter_files
 from cluster.models import BaseModel, linear_shapes, load_base, load_tokenizer
 from cluster.storage import Storage
-from serve_apps.engine.adapter_cache import AdapterCache, CacheLimits, Loaded
+from serve_apps.engine.adapter_cache import AdapterCache, CacheLimits, Loaded, yield_to_others
 from serve_apps.engine.blending import RecentBlends, blended
 from serve_apps.engine.decoder import Decoder, is_llama
-from serve_apps.engine.engine import Engine, FittedAdapter, Runner
+from serve_apps.engine.engine import Engine
 from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.grammar import Grammars
 from serve_apps.engine.kv_cache import BlockPool
@@ -22,8 +24,8 @@ from serve_apps.engine.model_runner import ModelRunner
 from serve_apps.engine.native.library import load_kernels
 from serve_apps.engine.native_runner import NativeRunner, runs
 from serve_apps.engine.one_by_one import OneByOne
+from serve_apps.engine.runner import FittedAdapter, Runner
 from serve_apps.engine.scheduler import Limits, Scheduler
-from serve_apps.engine.unembedding import Unembedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,34 +38,52 @@ class EngineConfig:
     block_size: int = 16
     limits: Limits = field(default_factory=Limits)
     adapters: CacheLimits = field(default_factory=CacheLimits)
+    pinned: tuple[bytes, ...] = ()  # adapters that are loaded before the first request, and stay
     is_native: bool = True  # our kernels wherever they apply; False: torch alone, the oracle of the tests
     is_deterministic: bool = False  # the company in a batch moves no bit; our kernels promise that anyway
 
 
 def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Engine:
-    """An engine for ``base`` that finds adapters in ``storage`` by id."""
+    """An engine for ``base`` that finds adapters in ``storage`` by id.
+
+    Raises:
+        Refusal: an adapter that is to be pinned cannot be, or all of them leave no room for others.
+    """
     model = load_base(base.path, config.dtype).to(config.device)
     eos = model.generation_config.eos_token_id
     decoder = fuse_decoder(model, config.limits.max_length)
     del model
     runner = _runner(decoder, config)
+    del decoder
     blends = RecentBlends()
-    load = adapter_loader(storage, base.base_id, linear_shapes(base.path), runner.fit, blends)
+    load = adapter_loader(
+        storage, base.base_id, linear_shapes(base.path), runner.fit, blends, config.adapters.num_loaders
+    )
+    cache = AdapterCache(load, config.adapters)
+    cache.pin(config.pinned)
     tokenizer = load_tokenizer(base.path)
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return Engine(
+    engine = Engine(
         runner,
         Scheduler(
-            replace(config.limits, max_length=decoder.shape.max_length),
+            replace(config.limits, max_length=runner.shape.max_length),
             BlockPool(runner.num_blocks, config.block_size),
         ),
-        AdapterCache(load, config.adapters),
+        cache,
         blends,
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-        constrain=Grammars(tokenizer, decoder.shape.vocabulary, eos_ids).constraint,
-        embed=Unembedding(decoder.head, decoder.head_softcap).embedding,
+        constrain=Grammars(tokenizer, runner.shape.vocabulary, eos_ids).constraint,
         eos_ids=frozenset(eos_ids),
     )
+    _return_free_memory()
+    return engine
+
+
+def _return_free_memory() -> None:
+    """What was read has been packed; the allocator would keep its pages (150 MiB of SmolLM2-135M)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _runner(decoder: Decoder, config: EngineConfig) -> Runner:
@@ -90,23 +110,28 @@ def adapter_loader(
     shapes: Mapping[str, tuple[int, int]],
     fit: Callable[[Mapping[str, adapter_files.Factors]], FittedAdapter],
     blends: RecentBlends,
+    num_loaders: int = 1,
 ) -> Callable[[bytes], Loaded[FittedAdapter]]:
     """Read, check and fit one adapter, or the parts of a blend, to a runner; the result runs on a thread of
-    the cache."""
+    the cache.
 
-    def read(adapter_id: bytes) -> Mapping[str, adapter_files.Factors]:
-        packed = storage.get(adapter_files.adapter_key(adapter_id))
-        if sha256(packed) != adapter_id:
-            raise Corrupted("adapter_hash", f"{adapter_id.hex()} hashes to {sha256(packed).hex()}")
-        return adapter_files.unpack(packed, base_id, shapes).factors
+    Files are mapped, and hashed on one thread while they are fitted on another; nothing is used, and no fault
+    of theirs believed, before their hash is right."""
+    hashing = ThreadPoolExecutor(num_loaders, "adapter-hash", initializer=yield_to_others)
 
     def load(adapter_id: bytes) -> Loaded[FittedAdapter]:
         blend = blends.get(adapter_id)
-        if blend is None:
-            fitted = fit(read(adapter_id))
-        else:
-            parts = [read(part.adapter_id) for part in blend.parts]
-            fitted = fit(blended(parts, [part.weight_ppm for part in blend.parts]))
+        ids = [adapter_id] if blend is None else [part.adapter_id for part in blend.parts]
+        packed = [storage.map(adapter_files.adapter_key(each)) for each in ids]
+        found = [hashing.submit(sha256, each) for each in packed]
+        try:
+            factors = [adapter_files.view(each, base_id, shapes).factors for each in packed]
+            weights = None if blend is None else [part.weight_ppm for part in blend.parts]
+            fitted = fit(factors[0] if weights is None else blended(factors, weights))
+        finally:
+            for each, hashed in zip(ids, found, strict=True):
+                if hashed.result() != each:
+                    raise Corrupted("adapter_hash", f"{each.hex()} hashes to {hashed.result().hex()}")
         return Loaded(fitted, fitted.size_bytes)
 
     return load

@@ -37,6 +37,7 @@ from serve_apps.engine.lora import (
     add_lora_stacked,
     fuse,
 )
+from serve_apps.engine.runner import Outputs
 from serve_apps.engine.scheduler import Row, StepPlan
 
 # Measured on two AVX-512 cores: below four adapters a loop of small products beats the batched one, beyond
@@ -91,7 +92,12 @@ class ModelRunner:
 
     def fit(self, factors: Mapping[str, adapter_files.Factors]) -> LoraWeights:
         """Factors per module (``a [rank, d_in]``, ``b [d_out, rank]``) as this runner wants them: per fused
-        projection, transposed, in the model's own type and place."""
+        projection, transposed, in the model's own type and place.
+
+        Raises:
+            Rejected: ``adapter_values``, where one is not finite.
+        """
+        adapter_files.check_finite(factors)
         layers = []
         for index in range(self.shape.num_layers):
             layer = {}
@@ -106,22 +112,23 @@ class ModelRunner:
     def _turned(self, factors: adapter_files.Factors | None) -> Factors | None:
         if factors is None:
             return None
-        a, b = (t.t().to(self.model.device, self.model.dtype).contiguous() for t in (factors.a, factors.b))
+        # Copied even where nothing changes: the file that they point into is let go.
+        a, b = (
+            t.t().to(self.model.device, self.model.dtype, copy=True).contiguous()
+            for t in (factors.a, factors.b)
+        )
         return Factors(a, b)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, adapters: Mapping[bytes, LoraWeights]) -> Tensor:
-        """Compute every row of ``plan``.
-
-        Returns:
-            Logits ``[rows that sample, vocabulary]``, in the order of the plan.
-        """
+    def run(self, plan: StepPlan, adapters: Mapping[bytes, LoraWeights]) -> Outputs:
+        """Compute every row of ``plan``."""
         self._clear([block for row in plan.rows for block in row.new_blocks])
         step = self._prepare(plan, adapters)
         hidden = self._embed(step)
         for index in range(self.shape.num_layers):
             hidden = self._block(hidden, index, step)
-        return self._head(hidden[step.sampled])
+        last = norm(hidden[step.sampled], self.model.final_norm)
+        return Outputs(last, self._head(last))
 
     def _clear(self, blocks: list[int]) -> None:
         if blocks:
@@ -152,8 +159,8 @@ class ModelRunner:
             return self._project(activate(gate) * up, index, "down", step)
         return self._project(activate(self._project(x, index, "up", step)), index, "down", step)
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(norm(hidden, self.model.final_norm), self.model.head)
+    def _head(self, last: Tensor) -> Tensor:
+        logits = F.linear(last, self.model.head)
         cap = self.model.head_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -14,9 +14,7 @@ times faster at 1 and 8 rows, 2 to 3 at 32 and 64, 1.1 for prompts. With a secon
 
 import ctypes
 import math
-import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,22 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.adapters import Factors
-from serve_apps.engine.decoder import Decoder, Linear, Shape, is_llama, part_sizes
+from serve_apps.engine.decoder import Decoder, Linear, Shape, is_llama, named_parts, part_sizes
 from serve_apps.engine.native import library
-from serve_apps.engine.native.library import MAX_HEAD_DIM, PANEL, SLIM_PANEL, address
+from serve_apps.engine.native.library import MAX_HEAD_DIM, PANEL, address
+from serve_apps.engine.packed_adapter import PackedAdapter, pack_adapter, zeroed
+from serve_apps.engine.runner import Outputs
 from serve_apps.engine.scheduler import StepPlan
-
-
-@dataclass(frozen=True, slots=True)
-class PackedAdapter:
-    """An adapter's factors in panels of bf16, at their true ranks; ``updates`` is ``[layer][projection]``."""
-
-    updates: Any
-    tensors: tuple[Tensor, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def runs(model: Decoder, block_size: int) -> bool:
@@ -62,7 +50,7 @@ class NativeRunner:
         assert runs(model, PANEL)
         self._shape = model.shape
         self.num_blocks = num_blocks
-        self._part_factors = model.part_factors
+        self._layer_path, self._parts = model.layer_path, model.parts
         self._sizes = part_sizes(model)
         self._kernels = kernels
         self._embed = _exact_half(model.embed)
@@ -85,23 +73,20 @@ class NativeRunner:
         return 2 * 4 * shape.num_layers * shape.num_kv_heads * PANEL * shape.head_dim
 
     def fit(self, factors: Mapping[str, Factors]) -> PackedAdapter:
-        """Factors per module (``a [rank, d_in]``, ``b [d_out, rank]``) as the kernels read them."""
-        updates = (library.Update * (self.shape.num_layers * len(self._sizes)))()
-        kept: list[Tensor] = []
-        for index in range(self.shape.num_layers):
-            for number, name in enumerate(self._sizes):
-                given = self._part_factors(factors, index, name)
-                if any(part is not None for part in given):
-                    update = updates[index * len(self._sizes) + number]
-                    kept += pack_update(update, given, self._sizes[name])
-        return PackedAdapter(updates, tuple(kept))
+        """Factors per module (``a [rank, d_in]``, ``b [d_out, rank]``) as the kernels read them.
 
-    def run(self, plan: StepPlan, adapters: Mapping[bytes, PackedAdapter]) -> Tensor:
-        """Compute every row of ``plan``.
-
-        Returns:
-            Logits ``[rows that sample, vocabulary]``, in the order of the plan.
+        Raises:
+            Rejected: ``adapter_values``, where one is not finite.
         """
+        updates = [
+            named_parts(parts, self._layer_path.format(i=index), factors)
+            for index in range(self.shape.num_layers)
+            for parts in self._parts.values()
+        ]
+        return pack_adapter(self._kernels, updates, [*self._sizes.values()] * self.shape.num_layers)
+
+    def run(self, plan: StepPlan, adapters: Mapping[bytes, PackedAdapter]) -> Outputs:
+        """Compute every row of ``plan``."""
         token_ids = torch.tensor([t for row in plan.rows for t in row.token_ids])
         hidden = F.embedding(token_ids, self._embed).float()
         spans, blocks = _spans(plan)
@@ -130,12 +115,15 @@ class NativeRunner:
         )
         self._kernels.openledger_step(self._team, ctypes.byref(self._decoder), ctypes.byref(step))
         del blocks  # which the spans point into
-        return logits
+        width = hidden.shape[1]
+        last = buffer.view(-1)[: len(sampled) * width].view(-1, width)
+        return Outputs(last, logits)
 
     def _pack(self, model: Decoder, num_blocks: int) -> Any:
         shape = model.shape
         size = (shape.num_layers, shape.num_kv_heads, num_blocks, PANEL * shape.head_dim)
-        keys, values = _zeros(size), _zeros(size)
+        num_bytes = 4 * math.prod(size)
+        keys, values = (zeroed(num_bytes).view(torch.float32).view(size) for _ in range(2))
         layers = (library.Layer * shape.num_layers)()
         for index, (layer, source) in enumerate(zip(layers, model.layers, strict=True)):
             layer.attn_norm = self._keep(source.attn_norm.weight)
@@ -192,15 +180,6 @@ def _spans(plan: StepPlan) -> tuple[Any, Tensor]:
     return spans, blocks
 
 
-def _zeros(size: tuple[int, ...]) -> Tensor:
-    """Zeros in huge pages where the system gives them: blocks lie anywhere, and each would cost a walk of the
-    page table (10% of decode attention)."""
-    memory = mmap.mmap(-1, 4 * math.prod(size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).view(size)
-
-
 def pack_linear(linear: Linear, rounds_inputs: bool = False) -> tuple[Any, list[Tensor]]:
     """A linear map as the kernels read it, and the tensors to keep while they do."""
     d_out, d_in = linear.weight.shape
@@ -219,25 +198,6 @@ def in_panels(weight: Tensor, width: int) -> Tensor:
         pairs = F.pad(weight, (0, d_in % 2, 0, -d_out % width)).view(-1, width, (d_in + 1) // 2, 2)
         return pairs.transpose(1, 2).contiguous()
     return F.pad(weight, (0, 0, 0, -d_out % width)).view(-1, width, d_in).transpose(1, 2).contiguous()
-
-
-def pack_update(update: Any, given: list[Factors | None], sizes: tuple[int, ...]) -> list[Tensor]:
-    """Fill ``update`` with the parts of one fused projection that are ``given``; the tensors to keep."""
-    present = [part for part in given if part is not None]
-    a = in_panels(torch.cat([part.a.bfloat16() for part in present]), SLIM_PANEL)
-    tensors, first_rank, first_column = [a], 0, 0
-    parts: list[Any] = []
-    for part, num_columns in zip(given, sizes, strict=True):
-        if part is not None:
-            rank = part.a.shape[0]
-            tensors.append(in_panels(part.b.bfloat16(), PANEL))
-            parts.append(library.Part(address(tensors[-1]), first_rank, rank, first_column, num_columns))
-            first_rank += rank
-        first_column += num_columns
-    update.a, update.rank, update.num_parts = address(a), first_rank, len(parts)
-    for index, packed in enumerate(parts):
-        update.parts[index] = packed
-    return tensors
 
 
 def _exact_half(weight: Tensor) -> Tensor:

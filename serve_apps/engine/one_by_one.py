@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cluster.adapters import Factors
 from serve_apps.engine.decoder import Shape
-from serve_apps.engine.engine import FittedAdapter, Runner
+from serve_apps.engine.runner import FittedAdapter, Outputs, Runner
 from serve_apps.engine.scheduler import Row, StepPlan
 
 
@@ -34,17 +33,17 @@ class OneByOne:
     def fit(self, factors: Mapping[str, Factors]) -> FittedAdapter:
         return self.runner.fit(factors)
 
-    def run(self, plan: StepPlan, adapters: Mapping[bytes, Any]) -> Tensor:
+    def run(self, plan: StepPlan, adapters: Mapping[bytes, Any]) -> Outputs:
         """In order of position: a row may begin after blocks that another one of the step fills."""
         tokens = sorted((token for row in plan.rows for token in _tokens(row)), key=lambda token: token.start)
-        logits: dict[bytes, Tensor] = {}
-        for token in tokens:
-            found = self.runner.run(StepPlan((token,)), adapters)
-            if token.samples:
-                logits[token.request_id] = found
-        if not logits:
-            return torch.empty(0, self.shape.vocabulary)
-        return torch.cat([logits[row.request_id] for row in plan.rows if row.samples])
+        found = {token: self.runner.run(StepPlan((token,)), adapters) for token in tokens}
+        of_row = {token.request_id: outputs for token, outputs in found.items() if token.samples}
+        # Where no row samples, any token's outputs are the empty ones.
+        wanted = [of_row[row.request_id] for row in plan.rows if row.samples] or [*found.values()]
+        return Outputs(
+            torch.cat([outputs.hidden for outputs in wanted]),
+            torch.cat([outputs.logits for outputs in wanted]),
+        )
 
 
 def _tokens(row: Row) -> list[Row]:

@@ -100,7 +100,8 @@ class EngineRequest:
     Of a ``blend``, ``adapter_id`` is the id: all that the engine keys by an adapter it keys by that, and only
     whoever loads it looks at the parts.
 
-    An embedding is answered at the prompt's last token: no token, and as text ``Unembedding.embedding``."""
+    An embedding is answered at the prompt's last token: no token, and as text the ``embedding`` of the
+    hidden state there."""
 
     request_id: bytes
     owner: str
@@ -162,7 +163,7 @@ class EngineLoad:
     num_waiting: int
     num_free_blocks: int
     num_blocks: int
-    resident_adapters: tuple[bytes, ...]
+    num_adapters: int  # loaded
     num_prefilled: int = 0  # tokens of prompts computed so far,
     num_reused: int = 0  # and found in the cache instead
     num_leases: int = 0  # of adapters: one for every request that waits for or uses one

@@ -8,7 +8,7 @@ stop strings and logprobs are cut by ``TextStream`` as for our engine. Seeded dr
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from attribution.errors import Refusal, Rejected, Unavailable
 from cluster.models import BaseModel, linear_shapes, load_tokenizer
 from cluster.storage import Storage
+from serve_apps.engine.adapter_cache import withdrawn_refusal
 from serve_apps.engine.peft_files import peft_folders
 from serve_apps.engine.scheduler import Limits
 from serve_apps.engine.text import Decode, Piece, TextStream
@@ -83,6 +84,7 @@ class VllmEngine:
         self._changed = threading.Condition()
         self._arrived: deque[EngineRequest] = deque()
         self._cancelled: deque[bytes] = deque()
+        self._withdrawn: set[bytes] = set()
         self._answers: dict[bytes, _Answer] = {}
         self._step = 0
 
@@ -101,6 +103,15 @@ class VllmEngine:
             self._cancelled.append(request_id)
             self._changed.notify()
 
+    def prefetch(self, adapter_id: bytes) -> None:
+        """Nothing: a folder is written when a request is taken in, and loaded when vLLM wants it."""
+
+    def withdraw(self, adapter_ids: Iterable[bytes]) -> None:
+        """From the next step on, whoever uses these adapters or asks for them is refused."""
+        with self._changed:
+            self._withdrawn.update(adapter_ids)
+            self._changed.notify()
+
     def wait_for_work(self, timeout_s: float) -> None:
         with self._changed:
             if not (self._arrived or self._cancelled or self._answers):
@@ -115,7 +126,7 @@ class VllmEngine:
             num_waiting=max(0, len(self._answers) + len(self._arrived) - num_running),
             num_free_blocks=blocks.get_num_free_blocks(),
             num_blocks=blocks.num_gpu_blocks,
-            resident_adapters=tuple(self._numbers),  # asked for so far: vLLM drops and reloads by itself
+            num_adapters=len(self._numbers),  # asked for so far: vLLM drops and reloads by itself
             max_waiting=self._limits.max_waiting,
         )
 
@@ -144,6 +155,7 @@ class VllmEngine:
     def _take_in(self) -> Iterator[TokenEvent]:
         with self._changed:
             arrived, cancelled = list(self._arrived), list(self._cancelled)
+            withdrawn = set(self._withdrawn)
             self._arrived.clear()
             self._cancelled.clear()
         for request in arrived:
@@ -153,6 +165,8 @@ class VllmEngine:
             else:
                 text = TextStream(self._decode, request.sampling.stop)
                 self._answers[request.request_id] = _Answer(request, text, self._folder(request.adapter_id))
+        for answer in [each for each in self._answers.values() if each.request.adapter_id in withdrawn]:
+            yield self._fail(answer, withdrawn_refusal(answer.request.adapter_id))
         for request_id in cancelled:
             if request_id in self._answers:
                 self._forget(request_id)

@@ -1,11 +1,14 @@
 """An adapter is its bytes; a strange file is refused; a name resolves to what its owner published."""
 
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load, save
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
@@ -15,6 +18,7 @@ from attribution.hashing import sha256
 from cluster.adapters import (
     AdapterWeights,
     adapter_key,
+    check_finite,
     load_adapter,
     pack,
     price_gwei_per_token,
@@ -24,6 +28,7 @@ from cluster.adapters import (
     resolve,
     store_adapter,
     unpack,
+    view,
     withdraw,
 )
 from cluster.database import writing
@@ -129,9 +134,70 @@ def altered(change: str) -> bytes:
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(change: str, code: str) -> None:
-    with pytest.raises(Rejected) as refused:
-        unpack(altered(change), BASE, SHAPES)
-    assert refused.value.code == code
+    assert verdict(unpacked, altered(change)) == code == verdict(viewed, altered(change))
+
+
+def unpacked(data: bytes) -> AdapterWeights:
+    return unpack(data, BASE, SHAPES)
+
+
+def viewed(data: bytes) -> AdapterWeights:
+    """By the fast way: a view, and then the look at its values."""
+    weights = view(memoryview(bytearray(data)), BASE, SHAPES)
+    check_finite(weights.factors)
+    return weights
+
+
+def verdict(read: Callable[[bytes], AdapterWeights], data: bytes) -> str:
+    """The code of the refusal, or what the file says."""
+    try:
+        return pack(read(data)).hex()
+    except Rejected as refusal:
+        return refusal.code
+
+
+ODD = (
+    b'"',
+    b"{}",
+    b",",
+    b":",
+    b"\\",
+    b"0",
+    b"1",
+    b"[",
+    b"-",
+    b"1e1",
+    b"true",
+    b"null",
+    b"\xff",
+    b" ",
+    b"",
+    b"F32",
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_a_view_refuses_what_unpack_refuses_and_else_reads_the_same(data: st.DataObject) -> None:
+    """Whatever is done to the header, by chance or by taking one of its words for another."""
+    packed = pack(toy_models.random_adapter(BASE, SHAPES))
+    length = int.from_bytes(packed[:8], "little")
+    header, values = packed[8 : 8 + length], packed[8 + length :]
+    words = re.findall(rb"\w+|\W", header)
+    for _ in range(data.draw(st.integers(0, 3))):
+        index = data.draw(st.integers(0, len(words) - 1))
+        words[index] = data.draw(st.sampled_from([*ODD, *words]))
+    header = b"".join(words) + b" " * data.draw(st.integers(0, 2))
+    values += bytes(data.draw(st.integers(0, 2)))
+    changed = len(header).to_bytes(8, "little") + header + values
+    assert verdict(viewed, changed) == verdict(unpacked, changed)
+
+
+def test_a_view_is_the_file_itself() -> None:
+    packed = bytearray(pack(toy_models.random_adapter(BASE, SHAPES)))
+    factors = view(memoryview(packed), BASE, SHAPES).factors
+    packed[-2:] = b"\x80\x3f"  # 1 in bf16
+    assert max(float(each.b[-1, -1]) == 1 for each in factors.values())
 
 
 def test_a_stored_adapter_loads_and_a_changed_byte_is_noticed(session: Session, tmp_path: Path) -> None:

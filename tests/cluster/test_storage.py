@@ -57,6 +57,20 @@ def test_get_returns_what_put_stored(store: Storage) -> None:
         store.get("a/b.bin")
 
 
+def test_a_map_is_the_file_and_writing_to_it_changes_nothing(store: Storage) -> None:
+    store.put("a/b.bin", b"one")
+    store.put("a/empty", b"")
+    found = store.map("a/b.bin")
+    assert found == b"one" and store.map("a/empty") == b""
+    found[:1] = b"O"
+    store.put("a/b.bin", b"another")
+    assert found == b"One" and store.map("a/b.bin") == b"another"
+    for key, code in (("a/c", "not_found"), ("../a", "bad_key")):
+        with pytest.raises(Rejected) as refused:
+            store.map(key)
+        assert refused.value.code == code
+
+
 def test_one_of_many_racing_writers_wins(store: Storage) -> None:
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda n: store.put_if_absent("race", str(n).encode()), range(24)))

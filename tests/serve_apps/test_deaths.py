@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import openai
@@ -129,14 +129,20 @@ class BrokenDoor:
     async def cancel(self, owner: str, request_id: bytes) -> None:
         raise Unavailable("worker_lost", "no route")
 
+    async def prefetch(self, adapter_id: bytes) -> None:
+        raise Unavailable("worker_lost", "no route")
+
+    async def withdraw(self, adapter_ids: Sequence[bytes]) -> None:
+        raise Unavailable("worker_lost", "no route")
+
     async def renew(self, owner: str, num_read: int) -> EngineLoad:
-        return EngineLoad(0, 0, 1, 1, ())
+        return EngineLoad(0, 0, 1, 1, 0)
 
     async def stream(self, owner: str) -> AsyncIterator[Bundle]:
-        yield Bundle(0, (), EngineLoad(0, 0, 1, 1, ()))
+        yield Bundle(0, (), EngineLoad(0, 0, 1, 1, 0))
         while not hasattr(self, "request"):
             await asyncio.sleep(0.01)
-        yield Bundle(1, (TokenEvent(self.request.request_id, (1,), "a"),), EngineLoad(1, 0, 1, 1, ()))
+        yield Bundle(1, (TokenEvent(self.request.request_id, (1,), "a"),), EngineLoad(1, 0, 1, 1, 0))
         raise Unavailable("worker_lost", "connection reset")
 
 
@@ -148,6 +154,8 @@ def test_an_answer_cut_off_by_the_network_says_so_after_what_had_arrived() -> No
         pool.connect("w", BrokenDoor())
         while not pool.loads:
             await asyncio.sleep(0.01)
+        pool.prefetch(b"\1" * 32)  # of which nobody hears
+        await pool.withdraw([b"\1" * 32])
         events = pool.generate(request((1, 2)))
         assert (await anext(events)).token_ids == (1,)
         with pytest.raises(Unavailable, match="lost while"):

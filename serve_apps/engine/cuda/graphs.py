@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from serve_apps.engine.cuda.step import Numbers, Sizes, Step
+from serve_apps.engine.runner import Outputs
 
-Forward = Callable[[Step], Tensor]
+Forward = Callable[[Step], Outputs]
 
 
 class CapturedStep:
@@ -30,7 +31,7 @@ class CapturedStep:
             self._send(Numbers([], [], [], [], [], [], []).padded(sizes.num_rows))
             self._capture(pool)
 
-    def __call__(self, numbers: Numbers) -> Tensor:
+    def __call__(self, numbers: Numbers) -> Outputs:
         self._send(numbers)
         if self._graph is None:
             return self._forward(self._step)

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.adapters import Factors
+from cluster.adapters import Factors, check_finite
 from serve_apps.engine.cuda.attention import attend, tokens_per_tile
 from serve_apps.engine.cuda.graphs import CapturedStep, host_numbers, memory_pool
 from serve_apps.engine.cuda.layers import add_and_norm, gate, rotate_and_store
 from serve_apps.engine.cuda.lora import DeviceAdapter, Layout, add_lora_tiles
 from serve_apps.engine.cuda.step import Numbers, Sizes, Step
 from serve_apps.engine.decoder import Decoder, Shape, is_llama, part_sizes
+from serve_apps.engine.runner import Outputs
 from serve_apps.engine.scheduler import StepPlan
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -73,7 +74,12 @@ class CudaRunner:
                 self._decoding(num_rows, num_tiles)
 
     def fit(self, factors: Mapping[str, Factors]) -> DeviceAdapter:
-        """Pack an adapter and send it to the device, past the steps that are running."""
+        """Pack an adapter and send it to the device, past the steps that are running.
+
+        Raises:
+            Rejected: ``adapter_values``, where one is not finite.
+        """
+        check_finite(factors)
         packed = self._layout.pack(partial(self._model.part_factors, factors), self._model.dtype)
         if self._uploads is None:
             return DeviceAdapter(packed)
@@ -85,12 +91,8 @@ class CudaRunner:
         return DeviceAdapter(data)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, adapters: Mapping[bytes, DeviceAdapter]) -> Tensor:
-        """Compute every row of ``plan``.
-
-        Returns:
-            Logits ``[rows that sample, vocabulary]``, fp32, in the order of the plan.
-        """
+    def run(self, plan: StepPlan, adapters: Mapping[bytes, DeviceAdapter]) -> Outputs:
+        """Compute every row of ``plan``; logits are fp32."""
         shape, device = self.shape, self._model.device
         tile_tokens = tokens_per_tile(shape.num_heads, shape.num_kv_heads)
         numbers = Numbers.of(plan, adapters, tile_tokens, self._block_size)
@@ -99,8 +101,8 @@ class CudaRunner:
             flat = host_numbers(numbers, sizes, device).to(device, non_blocking=True)
             return self._forward(Step.of(flat, sizes, self._block_size))
         num_rows, num_tiles = _next_size(len(plan.rows)), _next_size(len(numbers.lora))
-        logits = self._decoding(num_rows, num_tiles)(numbers.padded(num_rows))
-        return logits[numbers.sampled]
+        of_all = self._decoding(num_rows, num_tiles)(numbers.padded(num_rows))
+        return Outputs(of_all.hidden[numbers.sampled], of_all.logits[numbers.sampled])
 
     def _decoding(self, num_rows: int, num_tiles: int) -> CapturedStep:
         sizes = Sizes.decoding(num_rows, num_tiles, self._table_width)
@@ -110,7 +112,7 @@ class CudaRunner:
             )
         return self._captured[sizes]
 
-    def _forward(self, step: Step) -> Tensor:
+    def _forward(self, step: Step) -> Outputs:
         model = self._model
         hidden, update = F.embedding(step.token_ids, model.embed), None
         for index, layer in enumerate(model.layers):
@@ -118,8 +120,8 @@ class CudaRunner:
             update = self._project(self._attend(x, index, step), index, "o", step)
             x = add_and_norm(hidden, update, layer.mlp_norm)
             update = self._project(gate(self._project(x, index, "gate_up", step)), index, "down", step)
-        final = add_and_norm(hidden, update, model.final_norm)
-        return F.linear(final[step.sampled], model.head).float()
+        last = add_and_norm(hidden, update, model.final_norm)[step.sampled]
+        return Outputs(last, F.linear(last, model.head).float())
 
     def _project(self, x: Tensor, layer: int, name: str, step: Step) -> Tensor:
         linear = self._model.layers[layer].projections[name]

@@ -353,12 +353,36 @@ struct Update {
   int64_t rank, num_parts;
   Part parts[3];
 };
+// A matrix of an adapter's file, and its place among the rows of panels that are all zeros before.
+struct Matrix {
+  const uint16_t* from;  // [num_rows][depth]
+  uint32_t* panels;      // [panel][pair of depth][width], two bf16 in a word
+  int64_t num_rows, depth, first_row, width;
+};
 struct Segment {  // tokens start..end belong to one adapter, updates [layer][projection]
   const Update* updates;
   int64_t start, end;
 };
 
 namespace {
+
+// Whether every value is finite: then no exponent is all ones, and one more carries into no sign.
+bool pack(const Matrix& m) {
+  const int64_t num_pairs = (m.depth + 1) / 2;
+  uint32_t carries = 0;
+  for (int64_t r = 0; r < m.num_rows; ++r) {
+    const int64_t row = m.first_row + r;
+    const uint16_t* from = m.from + r * m.depth;
+    uint32_t* to = m.panels + row / m.width * num_pairs * m.width + row % m.width;
+    for (int64_t pair = 0; pair < num_pairs; ++pair) {
+      uint32_t two = 0;
+      memcpy(&two, from + 2 * pair, 2 * pair + 2 <= m.depth ? 4 : 2);
+      carries |= (two & 0x7f807f80u) + 0x00800080u;
+      to[pair * m.width] = two;
+    }
+  }
+  return (carries & 0x80008000u) == 0;
+}
 
 constexpr int kProjections = 4;  // qkv, o, gate_up, down
 
@@ -628,7 +652,7 @@ struct Step {
   const int64_t* sampled;
   float* hidden;  // [tokens, hidden]: embeddings, consumed
   float* logits;  // [sampled, vocabulary]
-  float* buffer;  // [tokens, hidden + qkv + heads + 3 * inner]
+  float* buffer;  // [tokens, hidden + qkv + heads + 3 * inner]; afterwards begins with the last norm's [sampled, hidden]
 };
 
 namespace {
@@ -678,6 +702,13 @@ using namespace openledger;
 Team* openledger_team(int64_t num_threads) { return new Team(int(num_threads)); }
 void openledger_disband(Team* team) { delete team; }
 void openledger_step(Team* team, const Decoder* model, const Step* step) { run_step(*team, *model, *step); }
+
+// The number of the first matrix that holds a value that is not finite; num_matrices without one.
+int64_t openledger_pack(const Matrix* matrices, int64_t num_matrices) {
+  for (int64_t i = 0; i < num_matrices; ++i)
+    if (!pack(matrices[i])) return i;
+  return num_matrices;
+}
 
 // The kernels one by one, for tests and measurements.
 void openledger_linear(Team* team, const Linear* l, const float* x, int64_t num_rows, float* out, int64_t adds) {

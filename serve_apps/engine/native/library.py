@@ -56,6 +56,17 @@ Part = _structure(
     },
 )
 Update = _structure("Update", {"a": _address, "rank": _count, "num_parts": _count, "parts": Part * 3})
+Matrix = _structure(
+    "Matrix",
+    {
+        "from": _address,
+        "panels": _address,
+        "num_rows": _count,
+        "depth": _count,
+        "first_row": _count,
+        "width": _count,
+    },
+)
 Segment = _structure("Segment", {"updates": _address, "start": _count, "end": _count})
 Span = _structure("Span", {"first": _count, "num_tokens": _count, "start": _count, "blocks": _address})
 Cache = _structure("Cache", {"keys": _address, "values": _address})
@@ -120,6 +131,7 @@ def load(variant: str) -> ctypes.CDLL:
     """Raises: as ``build`` does."""
     library = ctypes.CDLL(str(build(variant)))
     library.openledger_team.restype = ctypes.c_void_p
+    library.openledger_pack.restype = ctypes.c_int64
     for name in ("disband", "step", "linear", "lora", "attend", "norm", "gate"):
         getattr(library, f"openledger_{name}").restype = None
     return library

@@ -20,7 +20,8 @@ from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.kv_cache import BlockPool
 from serve_apps.engine.native import library
 from serve_apps.engine.native.library import PANEL, address, load_kernels
-from serve_apps.engine.native_runner import NativeRunner, pack_linear, pack_update
+from serve_apps.engine.native_runner import NativeRunner, pack_linear
+from serve_apps.engine.packed_adapter import pack_adapter
 from serve_apps.engine.scheduler import Limits, Scheduler
 from serve_apps.engine.types import EngineRequest
 from tests.serve_apps.conftest import Toys, request, run
@@ -140,12 +141,16 @@ def adapters() -> list[list[FileFactors | None]]:
     ]
 
 
-def lora_rows(kit: Kit, given: list[list[FileFactors | None]], slots: list[int], x: Tensor) -> Tensor:
-    """Slot 0 is the base model, slot ``n`` adapter ``n - 1``; equal slots lie together."""
-    updates, kept = (library.Update * len(given))(), []
-    for update, parts in zip(updates, given, strict=True):
-        if any(part is not None for part in parts):
-            kept.append(pack_update(update, parts, SIZES))
+def lora_rows(
+    kit: Kit, given: list[list[FileFactors | None]], slots: list[int], x: Tensor, sound: int = 0
+) -> Tensor:
+    """Slot 0 is the base model, slot ``n`` adapter ``n - 1``; equal slots lie together. With a ``sound``
+    adapter all others are NaN."""
+    packs = [pack_adapter(kit.kernels, [[("", part) for part in parts]], [SIZES]) for parts in given]
+    updates = (library.Update * len(given))(*(packed.updates[0] for packed in packs))
+    for slot, packed in enumerate(packs, start=1):
+        if sound and slot != sound:
+            packed.memory.fill_(255)  # NaN, padding included
     out = torch.ones(len(slots), sum(SIZES))
     ends = [i for i in range(1, len(slots) + 1) if i == len(slots) or slots[i] != slots[i - 1]]
     runs = [(slots[end - 1], start, end) for start, end in zip([0, *ends], ends, strict=False)]
@@ -194,12 +199,8 @@ def test_a_row_of_lora_meets_no_other_row_and_no_other_adapter(kit: Kit) -> None
     row = normal(40)
     for place in (3, 8):
         x[place] = row
-        poisoned = [
-            parts if number == 3 else [part and FileFactors(part.a * NAN, part.b * NAN) for part in parts]
-            for number, parts in enumerate(adapters(), start=1)
-        ]
         alone = lora_rows(kit, adapters(), [3], row.unsqueeze(0))[0]
-        assert torch.equal(lora_rows(kit, poisoned, slots, x)[place], alone)
+        assert torch.equal(lora_rows(kit, adapters(), slots, x, sound=3)[place], alone)
 
 
 HEADS, KV_HEADS, DIM, NUM_BLOCKS = 6, 2, 32, 40
@@ -305,7 +306,7 @@ def logits_of(
     while scheduler.num_running or scheduler.num_waiting:
         plan = scheduler.schedule(lambda _: True)
         used = {row.adapter_id: fitted[row.adapter_id] for row in plan.rows if row.adapter_id != ZERO_ID}
-        logits = runner.run(plan, used)
+        logits = runner.run(plan, used).logits
         for row, row_logits in zip((row for row in plan.rows if row.samples), logits, strict=True):
             sequence = scheduler.sequence(row.request_id)
             sequence.tokens.append(int(row_logits.argmax()))
