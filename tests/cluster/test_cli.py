@@ -39,6 +39,7 @@ def test_help_loads_no_heavy_library(tmp_path: Path) -> None:
         (["usage"], "no_api_key"),
         (["train", "nowhere.yaml"], "spec_unreadable"),
         (["datanet", "fill", "nothing"], "unknown_source"),
+        (["model", "import", "nowhere", "--name", "No/Name"], "model_name"),
     ],
 )
 def test_a_refusal_is_one_line_and_exit_code_1(tmp_path: Path, arguments: list[str], code: str) -> None:
