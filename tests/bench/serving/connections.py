@@ -143,7 +143,7 @@ async def _call(target: Deployment, number: int, go_on: asyncio.Event) -> str:
         f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {target.key}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(request)}\r\nConnection: close\r\n\r\n"
     ).encode()
-    ask = b"GET /healthz HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n"
+    ask = b"GET /v1/models HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n"
     first, then = {
         "silent": (b"", ask),
         "half_line": (ask[:30], ask[30:]),
