@@ -57,7 +57,7 @@ def runner_logits(base: Path, folder: Path) -> Tensor:
     runner = ModelRunner(fuse_decoder(load_base(base, torch.float32)), 8, 4)
     fitted = runner.fit(read_peft(folder, BASE, linear_shapes(base)).factors)
     row = Row(b"request", b"adapter", TOKENS, 0, (1, 2), (1, 2), True)
-    return runner.run(StepPlan((row,)), {b"adapter": fitted})[0]
+    return runner.run(StepPlan((row,)), {b"adapter": fitted}).logits[0]
 
 
 PATTERNS = {"q_proj": 2, "layers.1.mlp.down_proj": 8, r"model\.layers\.(0|2)\.self_attn\.v_proj": 1}

@@ -28,11 +28,13 @@ from attribution.hashing import sha256
 from attribution.types import ZERO_ID
 from cluster.adapters import Factors
 from serve_apps.engine.adapter_cache import AdapterCache, CacheLimits, Loaded
+from serve_apps.engine.blending import RecentBlends
 from serve_apps.engine.cuda.runner import CudaRunner
 from serve_apps.engine.decoder import Decoder
-from serve_apps.engine.engine import Engine, FittedAdapter
+from serve_apps.engine.engine import Engine
 from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.kv_cache import BlockPool
+from serve_apps.engine.runner import FittedAdapter
 from serve_apps.engine.scheduler import Limits, Scheduler
 from tests.bench.serving.engine_speed import RANKS, Workload, goal, median, medians, popular, run
 
@@ -156,9 +158,9 @@ def engine_of(runner: CudaRunner, adapters: dict[bytes, dict[str, Factors]]) -> 
         runner,
         Scheduler(LIMITS, BlockPool(runner.num_blocks, BLOCK)),
         AdapterCache(load, CacheLimits(budget_bytes=8 * 2**30, max_adapter_bytes=2**30)),
+        RecentBlends(),
         decode=lambda _: "",
         constrain=refuse,
-        embed=refuse,
         eos_ids=frozenset(),
     )
 

@@ -40,7 +40,7 @@ def logits_by_engine_runner(toys: Toys, blend: Blend) -> torch.Tensor:
     scheduler.add(asking(blend))
     parts = [toys.adapters[part.adapter_id].factors for part in blend.parts]
     fitted = runner.fit(blended(parts, [part.weight_ppm for part in blend.parts]))
-    return runner.run(scheduler.schedule(lambda _: True), {blend.blend_id: fitted})[0]
+    return runner.run(scheduler.schedule(lambda _: True), {blend.blend_id: fitted}).logits[0]
 
 
 def test_logits_are_those_of_the_sum_of_the_updates(toys: Toys) -> None:

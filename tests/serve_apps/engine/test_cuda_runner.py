@@ -138,7 +138,7 @@ def test_an_adapter_of_nan_spoils_its_own_rows_only(toys: Toys, device: str) -> 
         }
         steps = []
         for plan, tokens in plans(limits, 20, requests):
-            logits = runner.run(plan, adapters)
+            logits = runner.run(plan, adapters).logits
             steps.append(logits[[row.adapter_id != bad for row in plan.rows]])
             assert logits.isnan().any() == (factor != factor)
             tokens += [5] * len(logits)

@@ -157,7 +157,7 @@ def play(
         plan = scheduler.schedule(lambda _: True)
         used = {row.adapter_id: fitted[row.adapter_id] for row in plan.rows if row.adapter_id != ZERO_ID}
         sampling = [row for row in plan.rows if row.samples]
-        for row, logits in zip(sampling, runner.run(plan, used) if plan.rows else (), strict=True):
+        for row, logits in zip(sampling, runner.run(plan, used).logits if plan.rows else (), strict=True):
             number, sequence = number_of[row.request_id], scheduler.sequence(row.request_id)
             found[number].append(logits.float())
             sequence.tokens.append((31 * number + 17 * len(found[number])) % 250 + 3)
@@ -181,7 +181,7 @@ def fill_with_nan(runner: Runner, toys: Toys) -> None:
     scheduler.add(request(tuple(i % 250 + 3 for i in range(scheduler.pool.capacity_tokens)), key))
     plan = scheduler.schedule(lambda _: True)
     assert scheduler.pool.num_free == 0
-    assert runner.run(plan, fit(runner, toys, [key])).isnan().all()
+    assert runner.run(plan, fit(runner, toys, [key])).logits.isnan().all()
 
 
 @pytest.mark.parametrize(("build", "dtype"), [*BY_KERNELS, *BY_TORCH, DETERMINISTIC[0]])
