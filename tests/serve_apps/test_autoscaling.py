@@ -22,11 +22,11 @@ def test_so_many_that_no_more_than_the_target_falls_on_each_and_no_more(given_: 
     ("loads", "wanted"),
     [
         ([], 1),
-        ([EngineLoad(0, 0, 100, 100, ())], 1),
-        ([EngineLoad(4, 4, 100, 100, ())], 3),  # a queue as long as the batch
-        ([EngineLoad(1, 0, 5, 100, ())], 2),  # few requests, long ones: the cache is full
-        ([EngineLoad(4, 0, 50, 100, ()), EngineLoad(0, 0, 100, 100, ())], 2),
-        ([EngineLoad(1, 0, 90, 100, ()), EngineLoad(1, 0, 90, 100, ())], 1),
+        ([EngineLoad(0, 0, 100, 100, 0)], 1),
+        ([EngineLoad(4, 4, 100, 100, 0)], 3),  # a queue as long as the batch
+        ([EngineLoad(1, 0, 5, 100, 0)], 2),  # few requests, long ones: the cache is full
+        ([EngineLoad(4, 0, 50, 100, 0), EngineLoad(0, 0, 100, 100, ())], 2),
+        ([EngineLoad(1, 0, 90, 100, 0), EngineLoad(1, 0, 90, 100, ())], 1),
     ],
 )
 def test_queues_and_caches_both_ask(loads: list[EngineLoad], wanted: int) -> None:

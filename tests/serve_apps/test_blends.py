@@ -98,8 +98,8 @@ def test_what_is_no_blend_is_refused_before_money(
 
 
 def test_a_blend_ends_with_the_first_of_its_adapters(gateway: Gateway) -> None:
-    ask(gateway, MODEL)
+    named = ask(gateway, MODEL)["model"]
     with writing(gateway.database) as session:
         withdraw(session, "toy/a2@1", int(time.time()))
-    answer = gateway.http().post("/v1/completions", json={"model": MODEL, "prompt": "What?", "max_tokens": 4})
+    answer = gateway.http().post("/v1/completions", json={"model": named, "prompt": "What?", "max_tokens": 4})
     assert (answer.status_code, answer.json()["error"]["code"]) == (410, "model_withdrawn")

@@ -60,7 +60,7 @@ def test_a_request_that_a_draining_worker_refuses_is_answered_by_the_next_one(to
 
     async def scenario() -> None:
         hosts = {name: EngineHost(toys.engine(), PATIENT) for name in ("a", "b")}
-        pool = WorkerPool("g", renew_every_s=60)
+        pool = WorkerPool("g", renew_every_s=4)
         await attached(pool, hosts)
         before = pool.loads
         await hosts["a"].drain()
@@ -100,12 +100,12 @@ def test_a_drained_host_can_be_stopped_while_the_pool_reads_on_elsewhere(toys: T
 
 def test_a_worker_without_room_passes_the_request_on(toys: Toys) -> None:
     async def scenario() -> None:
-        limits = Limits(max_running=1, max_waiting=1)
+        limits = Limits(max_running=1, max_waiting=2)
         hosts = {name: EngineHost(toys.engine(limits), PATIENT) for name in ("a", "b")}
         pool = WorkerPool("g", renew_every_s=60)
         await attached(pool, hosts)
-        asked = [request((5, 6, 7), toys.adapter_ids[0], max_tokens=40) for _ in range(3)]
-        assert await asyncio.gather(*(answer(pool, each) for each in asked)) == [40] * 3
+        asked = [request((5, 6, 7), toys.adapter_ids[0], max_tokens=40) for _ in range(4)]
+        assert await asyncio.gather(*(answer(pool, each) for each in asked)) == [40] * 4
         with pytest.raises(Rejected, match="limit"):  # refused for good: no other worker is asked
             await answer(pool, request((5,), max_tokens=10**6))
         await pool.close()
@@ -130,10 +130,10 @@ class SlowDoor:
         self.cancelled.append(request_id)
 
     async def renew(self, owner: str, num_read: int) -> EngineLoad:
-        return EngineLoad(0, 0, 1, 1, ())
+        return EngineLoad(0, 0, 1, 1, 0)
 
     async def stream(self, owner: str) -> AsyncIterator[Bundle]:
-        yield Bundle(0, (), EngineLoad(0, 0, 1, 1, ()))
+        yield Bundle(0, (), EngineLoad(0, 0, 1, 1, 0))
         await asyncio.sleep(60)
 
 

@@ -150,21 +150,23 @@ def test_an_adapter_of_one_module_is_applied_to_that_module_alone(loaded: Loaded
 
 
 def test_poison_in_other_rows_and_pages_does_not_reach_a_row(loaded: Loaded) -> None:
-    """Bitwise: a neighbour whose adapter is all NaN, whose pages are used again afterwards."""
-    nan = AdapterWeights(
+    """Bitwise: a neighbour whose adapter overflows to NaN, whose pages are used again afterwards."""
+    loudest = AdapterWeights(
         ZERO_ID,
         {
-            name: type(each)(each.a * float("nan"), each.b)
+            name: type(each)(torch.full_like(each.a, torch.finfo(each.a.dtype).max), each.b)
             for name, each in loaded.adapters[ADAPTER_IDS[1]].factors.items()
         },
     )
-    poisoned = replace(loaded, adapters={**loaded.adapters, ADAPTER_IDS[1]: nan})
+    poisoned = replace(loaded, adapters={**loaded.adapters, ADAPTER_IDS[1]: loudest})
     logits = []
     for each in (loaded, poisoned):
         own = ask(prompt(19), ADAPTER_IDS[0])
         late = ask(prompt(11))
         asked = [ask(prompt(14), ADAPTER_IDS[1]), own, late]
         found = answers(each, asked, Limits(max_running=2, reuses_prefixes=False))
+        is_poisoned = each is poisoned
+        assert bool(found[asked[0].request_id][1].isnan().all()) is is_poisoned
         logits.append(torch.cat([found[own.request_id][1], found[late.request_id][1]]))
     assert torch.equal(logits[0], logits[1]) and logits[0].isfinite().all()
 

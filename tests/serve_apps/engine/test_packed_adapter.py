@@ -12,6 +12,7 @@ from attribution.hashing import sha256
 from cluster.adapters import Factors, adapter_key, pack, store_adapter
 from cluster.storage import DirectoryStorage
 from serve_apps.engine.adapter_cache import CacheLimits
+from serve_apps.engine.blending import RecentBlends
 from serve_apps.engine.loading import adapter_loader
 from serve_apps.engine.native.library import PANEL, SLIM_PANEL, load_kernels
 from serve_apps.engine.native_runner import in_panels
@@ -91,7 +92,7 @@ def files(tmp_path: Path) -> Files:
 
 def load(files: Files, adapter_id: bytes) -> PackedAdapter | Refusal:
     try:
-        return adapter_loader(files, BASE, SHAPES, packed)(adapter_id).value  # type: ignore[arg-type, return-value]
+        return adapter_loader(files, BASE, SHAPES, packed, RecentBlends())(adapter_id).value  # type: ignore[arg-type, return-value]
     except Refusal as refusal:
         return refusal
 
