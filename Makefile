@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup check format types contracts test test-slow demo demo-fresh audit bench-serving bench-gateway bench-gpu soak clean
+.PHONY: help setup check format types contracts test test-cuda test-slow demo demo-fresh audit bench-serving bench-gateway bench-gpu soak clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -31,6 +31,10 @@ contracts: $(READY)  ## recompile the contracts and compare with the checked-in 
 test: $(READY)  ## everything but the slow suites: no GPU, no network beyond the registries
 	$(BIN)/python -m pytest -m "not slow and not gpu and not ray"
 	sh tests/ray_files.sh $(BIN)/python "ray and not slow and not gpu"
+
+test-cuda: $(READY)  ## the CUDA kernels in Triton's interpreter, and compiled for an H100; no GPU needed
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton -c constraints.txt triton
+	PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest tests/serve_apps/engine/test_cuda_*.py
 
 test-slow: $(READY)  ## real model, killed processes, whole clusters
 	$(BIN)/python -m pytest -m "slow and not gpu and not ray"
