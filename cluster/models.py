@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import file_digest
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,11 @@ def base_id(path: Path) -> bytes:
 
 
 def linear_shapes(path: Path) -> dict[str, tuple[int, int]]:
-    """``(d_out, d_in)`` of every linear module inside the blocks, by module name; reads no weights."""
+    """``(d_out, d_in)`` of every linear module inside the blocks, sorted by module name; reads no weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(path))
     shapes: dict[str, tuple[int, int]] = {}
-    for name, module in model.named_modules():
+    for name, module in sorted(model.named_modules(), key=itemgetter(0)):
         if IN_BLOCK.match(name) and isinstance(module, torch.nn.Linear | Conv1D):
             rows, columns = module.weight.shape
             shapes[name] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)

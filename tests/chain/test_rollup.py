@@ -37,6 +37,7 @@ def test_a_receipt_is_none_until_mined(stage: Stage) -> None:
     raw = transfer(stage)
     assert stage.rollup.receipt(tx_hash(raw)) is None
     assert stage.rollup.send_raw(raw) == tx_hash(raw)
+    anvil.mine(stage.rpc_url)  # it may still be at it when it has answered
     mined = stage.rollup.receipt(tx_hash(raw))
     assert mined is not None and mined.succeeded
     assert mined.block_hash == stage.rollup.block_hash(mined.block)
