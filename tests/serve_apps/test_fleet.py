@@ -12,7 +12,7 @@ from serve_apps import app
 from tests.cluster.money import assert_money_adds_up
 from tests.serve_apps.deployment import Deployed, deployed_at, wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 ASK = [{"role": "user", "content": "Which one?"}]
 SLOW = 768  # a toy so wide that an answer takes seconds
 
