@@ -170,7 +170,7 @@ def _start(settings: Settings) -> Head:
         **driver_environment(settings),
         **child_environment(settings),
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait starve other processes
-        **(haproxy.environment(settings.run_dir / "haproxy", _random_port) if ray.has_haproxy else {}),
+        **(haproxy.environment(settings.run_dir / "ha", _random_port) if ray.has_haproxy else {}),
         **ray.environment,
         "RAY_TMPDIR": ray.temp_dir,
         "DASHBOARD_METRIC_PORT": str(metrics),

@@ -37,3 +37,11 @@ def test_two_heads_share_neither_files_nor_ports(tmp_path: Path) -> None:
         for name in one
         if name.endswith(("_LOC", "_PATH", "_BASE", "_FILE", "_PORT"))
     )
+
+
+def test_sockets_have_room_for_the_folder_that_ray_puts_into_their_path(tmp_path: Path) -> None:
+    """HAProxy takes 97 characters; Ray's folder is named by a node's id."""
+    names = environment(tmp_path / "ha", lambda: 9101)
+    for name in ("RAY_SERVE_HAPROXY_SOCKET_PATH", "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"):
+        socket = Path(names[name]).relative_to(tmp_path)
+        assert len(f"/tmp/openledger-65534-0123abcd/{socket.parent}/{'n' * 56}/{socket.name}") <= 97
