@@ -120,8 +120,8 @@ class EngineSettings(Values):
         str, ...
     ] = ()  # always loaded; owner/model@version, or a name as promoted at start
     max_batch_tokens: int = 512  # of one step: bounds how long a prompt delays everybody's next token
-    max_running: int = 16
-    max_waiting: int = 64
+    max_running: int = 64
+    max_waiting: int = 256
     is_deterministic: bool = False  # company in a batch moves no bit of an answer; in torch a pass per token
     max_context_tokens: int = 2_048
     max_completion_tokens: int = 512

@@ -241,9 +241,8 @@ class Engine:
         return {adapter_id: self._adapters.get(adapter_id) for adapter_id in used}
 
     def _postprocess(self, plan: StepPlan, outputs: Outputs) -> Iterator[TokenEvent]:
-        best = outputs.logits.max(dim=-1)
         rows = (row for row in plan.rows if row.samples)
-        numbers = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        numbers = zip(outputs.highest.tolist(), outputs.best.tolist(), strict=True)
         for index, (row, (highest, argmax)) in enumerate(zip(rows, numbers, strict=True)):
             if not abs(highest) < float("inf"):
                 self._forget(row.request_id)

@@ -128,7 +128,7 @@ class ModelRunner:
         for index in range(self.shape.num_layers):
             hidden = self._block(hidden, index, step)
         last = norm(hidden[step.sampled], self.model.final_norm)
-        return Outputs(last, self._head(last))
+        return Outputs.of(last, self._head(last))
 
     def _clear(self, blocks: list[int]) -> None:
         if blocks:

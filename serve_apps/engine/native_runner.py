@@ -31,14 +31,20 @@ from serve_apps.engine.scheduler import StepPlan
 
 
 def runs(model: Decoder, block_size: int) -> bool:
-    """Whether the kernels compute this model: what they do not, ``ModelRunner`` does."""
+    """Whether the kernels are the fastest way to compute this model here: what they do not, ``ModelRunner``
+    does."""
+    is_fast = model.dtype == torch.float32 or library.multiplies_bf16()
+    return model.device.type == "cpu" and is_fast and block_size == PANEL and can_run(model)
+
+
+def can_run(model: Decoder) -> bool:
+    """Whether the kernels know everything that this model does; bf16 slowly where it is not multiplied."""
     shape = model.shape
     return (
-        model.device.type == "cpu"
-        and (model.dtype == torch.float32 or (model.dtype == torch.bfloat16 and library.multiplies_bf16()))
-        and block_size == PANEL
+        model.dtype in (torch.float32, torch.bfloat16)
         and shape.head_dim % PANEL == 0
         and shape.head_dim <= MAX_HEAD_DIM
+        and all(linear.weight.shape[1] % 2 == 0 for linear in model.layers[0].projections.values())
         and is_llama(model)
     )
 
@@ -47,14 +53,14 @@ class NativeRunner:
     """Holds the packed weights and the cache. One thread at a time may call it."""
 
     def __init__(self, model: Decoder, num_blocks: int, kernels: ctypes.CDLL, num_threads: int) -> None:
-        assert runs(model, PANEL)
+        assert can_run(model)
         self._shape = model.shape
         self.num_blocks = num_blocks
         self._layer_path, self._parts = model.layer_path, model.parts
         self._sizes = part_sizes(model)
         self._kernels = kernels
         self._embed = _exact_half(model.embed)
-        self._rounds_inputs = model.dtype == torch.bfloat16
+        self._is_half = model.dtype == torch.bfloat16
         self._kept: list[Any] = []  # what only the kernels refer to
         self._team = ctypes.c_void_p(kernels.openledger_team(ctypes.c_int64(num_threads)))
         self._decoder = self._pack(model, num_blocks)
@@ -70,7 +76,7 @@ class NativeRunner:
     @staticmethod
     def block_bytes(model: Decoder) -> int:
         shape = model.shape
-        return 2 * 4 * shape.num_layers * shape.num_kv_heads * PANEL * shape.head_dim
+        return 2 * model.dtype.itemsize * shape.num_layers * shape.num_kv_heads * PANEL * shape.head_dim
 
     def fit(self, factors: Mapping[str, Factors]) -> PackedAdapter:
         """Factors per module (``a [rank, d_in]``, ``b [d_out, rank]``) as the kernels read them.
@@ -100,6 +106,7 @@ class NativeRunner:
             [i for i, row in zip(last, plan.rows, strict=True) if row.samples], dtype=torch.int64
         )
         logits = torch.empty(len(sampled), self.shape.vocabulary)
+        best, highest = torch.empty(len(sampled), dtype=torch.int64), torch.empty(len(sampled))
         buffer = torch.empty(len(token_ids), self._buffer_width)
         step = library.Step(
             num_tokens=len(token_ids),
@@ -111,25 +118,28 @@ class NativeRunner:
             sampled=address(sampled),
             hidden=address(hidden),
             logits=address(logits),
+            best=address(best),
+            highest=address(highest),
             buffer=address(buffer),
         )
         self._kernels.openledger_step(self._team, ctypes.byref(self._decoder), ctypes.byref(step))
         del blocks  # which the spans point into
         width = hidden.shape[1]
         last = buffer.view(-1)[: len(sampled) * width].view(-1, width)
-        return Outputs(last, logits)
+        return Outputs(last, logits, highest, best)
 
     def _pack(self, model: Decoder, num_blocks: int) -> Any:
         shape = model.shape
         size = (shape.num_layers, shape.num_kv_heads, num_blocks, PANEL * shape.head_dim)
-        num_bytes = 4 * math.prod(size)
-        keys, values = (zeroed(num_bytes).view(torch.float32).view(size) for _ in range(2))
+        num_bytes = model.dtype.itemsize * math.prod(size)
+        keys, values = (zeroed(num_bytes).view(model.dtype).view(size) for _ in range(2))
+        memory = Memory(_most_bytes(model))
         layers = (library.Layer * shape.num_layers)()
         for index, (layer, source) in enumerate(zip(layers, model.layers, strict=True)):
             layer.attn_norm = self._keep(source.attn_norm.weight)
             layer.mlp_norm = self._keep(source.mlp_norm.weight)
             for name, linear in source.projections.items():
-                setattr(layer, name, self._pack_linear(linear))
+                setattr(layer, name, pack_linear(linear, self._is_half, memory))
             layer.cache = library.Cache(address(keys[index]), address(values[index]))
         inner = model.layers[0].projections["gate_up"].weight.shape[0] // 2
         hidden = model.embed.shape[1]
@@ -138,7 +148,7 @@ class NativeRunner:
         rotary = model.layers[0].attention.rotary
         assert rotary is not None
         angles = torch.outer(torch.arange(shape.max_length).float(), rotary.inv_freq)
-        self._kept += [keys, values, layers]
+        self._kept += [keys, values, layers, memory]
         return library.Decoder(
             shape=library.Shape(
                 num_layers=shape.num_layers,
@@ -149,19 +159,15 @@ class NativeRunner:
                 inner=inner,
                 vocabulary=shape.vocabulary,
                 num_blocks=num_blocks,
+                is_half=int(self._is_half),
                 cos=self._keep(angles.cos() * rotary.scale),
                 sin=self._keep(angles.sin() * rotary.scale),
                 norm_eps=model.final_norm.eps,
             ),
             layers=ctypes.addressof(layers),
             final_norm=self._keep(model.final_norm.weight),
-            head=self._pack_linear(Linear(model.head, None)),
+            head=pack_linear(Linear(model.head, None), self._is_half, memory),
         )
-
-    def _pack_linear(self, linear: Linear) -> Any:
-        packed, tensors = pack_linear(linear, self._rounds_inputs)
-        self._kept += tensors
-        return packed
 
     def _keep(self, tensor: Tensor) -> int | None:
         self._kept.append(tensor.float())
@@ -180,14 +186,26 @@ def _spans(plan: StepPlan) -> tuple[Any, Tensor]:
     return spans, blocks
 
 
-def pack_linear(linear: Linear, rounds_inputs: bool = False) -> tuple[Any, list[Tensor]]:
-    """A linear map as the kernels read it, and the tensors to keep while they do."""
+def pack_linear(linear: Linear, is_half: bool, memory: "Memory") -> Any:
+    """A linear map as the kernels read it while ``memory`` is kept; ``is_half`` rounds inputs to bf16."""
     d_out, d_in = linear.weight.shape
-    panels = in_panels(_exact_half(linear.weight), PANEL)
-    tensors = [panels] if linear.bias is None else [panels, F.pad(linear.bias.float(), (0, -d_out % PANEL))]
-    bias = None if linear.bias is None else address(tensors[1])
-    kind = 0 if panels.dtype == torch.float32 else 2 if rounds_inputs else 1
-    return library.Linear(address(panels), bias, d_in, d_out, kind), tensors
+    panels = memory.keep(in_panels(_exact_half(linear.weight), PANEL))
+    bias = None if linear.bias is None else memory.keep(F.pad(linear.bias.float(), (0, -d_out % PANEL)))
+    kind = 0 if panels.dtype == torch.float32 else 2 if is_half else 1
+    return library.Linear(address(panels), address(bias), d_in, d_out, kind)
+
+
+class Memory:
+    """Tensors one after the other in one piece, so that what runs next is fetched by adding to an address."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._whole, self._end = zeroed(max_bytes), 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        start = self._end
+        self._end += -(-tensor.nbytes // 64) * 64
+        kept = self._whole[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return kept.copy_(tensor)
 
 
 def in_panels(weight: Tensor, width: int) -> Tensor:
@@ -198,6 +216,15 @@ def in_panels(weight: Tensor, width: int) -> Tensor:
         pairs = F.pad(weight, (0, d_in % 2, 0, -d_out % width)).view(-1, width, (d_in + 1) // 2, 2)
         return pairs.transpose(1, 2).contiguous()
     return F.pad(weight, (0, 0, 0, -d_out % width)).view(-1, width, d_in).transpose(1, 2).contiguous()
+
+
+def _most_bytes(model: Decoder) -> int:
+    """Of all packed maps, were none exact in bf16; what is never written takes no memory."""
+    linears = [linear for layer in model.layers for linear in layer.projections.values()]
+    sizes = [(*linear.weight.shape, linear.bias is not None) for linear in linears] + [
+        (*model.head.shape, False)
+    ]
+    return sum(4 * (d_out + PANEL) * (d_in + 1 + has_bias) + 128 for d_out, d_in, has_bias in sizes)
 
 
 def _exact_half(weight: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class OneByOne:
         of_row = {token.request_id: outputs for token, outputs in found.items() if token.samples}
         # Where no row samples, any token's outputs are the empty ones.
         wanted = [of_row[row.request_id] for row in plan.rows if row.samples] or [*found.values()]
-        return Outputs(
+        return Outputs.of(
             torch.cat([outputs.hidden for outputs in wanted]),
             torch.cat([outputs.logits for outputs in wanted]),
         )

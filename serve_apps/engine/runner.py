@@ -17,6 +17,14 @@ class Outputs:
 
     hidden: Tensor  # [rows, width], after the last norm
     logits: Tensor  # [rows, vocabulary]
+    highest: Tensor  # [rows], the greatest logit; NaN where any is
+    best: Tensor  # [rows], its token
+
+    @classmethod
+    def of(cls, hidden: Tensor, logits: Tensor) -> "Outputs":
+        """By torch."""
+        highest, best = logits.max(dim=-1)
+        return cls(hidden, logits, highest, best)
 
 
 class FittedAdapter(Protocol):

@@ -102,7 +102,7 @@ class CudaRunner:
             return self._forward(Step.of(flat, sizes, self._block_size))
         num_rows, num_tiles = _next_size(len(plan.rows)), _next_size(len(numbers.lora))
         of_all = self._decoding(num_rows, num_tiles)(numbers.padded(num_rows))
-        return Outputs(of_all.hidden[numbers.sampled], of_all.logits[numbers.sampled])
+        return Outputs.of(of_all.hidden[numbers.sampled], of_all.logits[numbers.sampled])
 
     def _decoding(self, num_rows: int, num_tiles: int) -> CapturedStep:
         sizes = Sizes.decoding(num_rows, num_tiles, self._table_width)
@@ -121,7 +121,7 @@ class CudaRunner:
             x = add_and_norm(hidden, update, layer.mlp_norm)
             update = self._project(gate(self._project(x, index, "gate_up", step)), index, "down", step)
         last = add_and_norm(hidden, update, model.final_norm)[step.sampled]
-        return Outputs(last, F.linear(last, model.head).float())
+        return Outputs.of(last, F.linear(last, model.head).float())
 
     def _project(self, x: Tensor, layer: int, name: str, step: Step) -> Tensor:
         linear = self._model.layers[layer].projections[name]

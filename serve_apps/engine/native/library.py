@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = (HERE / "kernels.cpp", HERE / "team.h")
+SOURCES = tuple(
+    HERE / name for name in ("kernels.cpp", "attention.h", "projections.h", "tile.h", "vectors.h", "team.h")
+)
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi")
 # By torch's name for what the processor can do; LANES is the number of floats in a register.
 _AVX512 = ("-DLANES=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
@@ -81,6 +83,7 @@ Shape = _structure(
         "inner": _count,
         "vocabulary": _count,
         "num_blocks": _count,
+        "is_half": _count,
         "cos": _address,
         "sin": _address,
         "norm_eps": ctypes.c_double,
@@ -111,6 +114,8 @@ Step = _structure(
         "sampled": _address,
         "hidden": _address,
         "logits": _address,
+        "best": _address,
+        "highest": _address,
         "buffer": _address,
     },
 )
@@ -132,16 +137,17 @@ def load(variant: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(build(variant)))
     library.openledger_team.restype = ctypes.c_void_p
     library.openledger_pack.restype = ctypes.c_int64
-    for name in ("disband", "step", "linear", "lora", "attend", "norm", "gate"):
+    for name in ("disband", "step", "linear", "lora", "attend", "norm", "gate", "best"):
         getattr(library, f"openledger_{name}").restype = None
     return library
 
 
 def variant() -> str:
-    """Which of ``VARIANTS`` computes here. Those for AVX-512 build and pass every test lowered to AVX2, but
-    no processor has run them yet: until one has, a processor that could takes AVX2, and torch its bf16.
-    """
-    return "AVX2" if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else "DEFAULT"
+    """Which of ``VARIANTS`` computes here: the widest of what torch finds the processor to be."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512":
+        return "AVX512_BF16" if torch.cpu.get_capabilities()["avx512_bf16"] else "AVX512"
+    return "AVX2" if capability == "AVX2" else "DEFAULT"
 
 
 def multiplies_bf16() -> bool:

@@ -33,6 +33,9 @@ NUM_BLOCKS = 30
 # times in bf16, what was seen over a hundred requests (5e-6 and 0.025). Sums in another order differ by some
 # units of the last place, 2**-24 and 2**-9, which four layers with loud adapters enlarge.
 BOUND = {torch.float32: 5e-5, torch.bfloat16: 0.1}
+# How far apart two ways to compute the same may be. In bf16, over sixty mixes, the kernels were 0.18 from torch in
+# fp32 at most, torch in bf16 0.33 and the two 0.22 from each other: torch rounds the residual stream as well.
+APART = {torch.float32: 5e-5, torch.bfloat16: 0.5}
 
 Build = Callable[[Decoder], Runner]
 
@@ -60,7 +63,9 @@ def decoders(toys: Toys) -> dict[torch.dtype, Decoder]:
 
 needs_kernels = pytest.mark.skipif(KERNELS is None, reason="no C++ compiler: torch computes everything")
 BY_KERNELS = [
-    pytest.param(kernels(n), torch.float32, marks=needs_kernels, id=f"kernels, {n} threads") for n in (1, 3)
+    pytest.param(kernels(n), dtype, marks=needs_kernels, id=f"kernels, {dtype}, {n} threads")
+    for dtype in BOUND
+    for n in (1, 3)
 ]
 BY_TORCH = [pytest.param(plain, dtype, id=f"torch, {dtype}") for dtype in BOUND]
 DETERMINISTIC = [pytest.param(one_by_one, dtype, id=f"torch one by one, {dtype}") for dtype in BOUND]
@@ -236,12 +241,15 @@ def test_in_torch_company_moves_no_logit_beyond_the_bound(
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", BOUND)
 @a_mix
 @given(mix=MIXES)
-def test_the_kernels_and_torch_agree_within_the_bound(toys: Toys, decoders: Decoders, mix: Mix) -> None:
-    ours, theirs = (play(build(decoders[torch.float32]), toys, mix) for build in (kernels(1), plain))
+def test_the_kernels_and_torch_agree_within_the_bound(
+    toys: Toys, decoders: Decoders, dtype: torch.dtype, mix: Mix
+) -> None:
+    ours, theirs = (play(build(decoders[dtype]), toys, mix) for build in (kernels(1), plain))
     for number, logits in ours.items():
-        agree(logits, theirs[number], BOUND[torch.float32])
+        agree(logits, theirs[number], APART[dtype])
 
 
 @pytest.mark.parametrize("is_native", [pytest.param(True, marks=needs_kernels), False])

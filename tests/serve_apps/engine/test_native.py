@@ -20,7 +20,7 @@ from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.kv_cache import BlockPool
 from serve_apps.engine.native import library
 from serve_apps.engine.native.library import PANEL, address, load_kernels
-from serve_apps.engine.native_runner import NativeRunner, pack_linear
+from serve_apps.engine.native_runner import Memory, NativeRunner, pack_linear
 from serve_apps.engine.packed_adapter import pack_adapter
 from serve_apps.engine.scheduler import Limits, Scheduler
 from serve_apps.engine.types import EngineRequest
@@ -31,7 +31,7 @@ KERNELS = load_kernels()
 pytestmark = pytest.mark.skipif(
     library.compiler() is None, reason="no C++ compiler: torch computes everything"
 )
-CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+CLOSE = {torch.float32: {"atol": 2e-5, "rtol": 2e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2}}
 NAN = float("nan")
 
 
@@ -77,7 +77,8 @@ def normal(*size: int, seed: int = 0) -> Tensor:
 
 
 def linear(kit: Kit, given: Linear, x: Tensor, out: Tensor | None = None) -> Tensor:
-    packed, _kept = pack_linear(given)
+    memory = Memory(2**21)
+    packed = pack_linear(given, False, memory)
     result = torch.full((len(x), len(given.weight)), NAN) if out is None else out.clone()
     kit("linear", kit.team, packed, x, len(x), result, int(out is not None))
     return result
@@ -101,7 +102,8 @@ def test_linear_is_that_of_torch(kit: Kit, num_rows: int, d_in: int, d_out: int)
 def test_linear_over_inputs_in_bf16(kit: Kit, num_rows: int, d_in: int, d_out: int) -> None:
     """Products of bf16 numbers are exact in fp32: only the order of the sum differs from fp64."""
     x, weight = normal(num_rows, d_in), normal(d_out, d_in, seed=1).bfloat16()
-    packed, _kept = pack_linear(Linear(weight, None), rounds_inputs=True)
+    memory = Memory(2**21)
+    packed = pack_linear(Linear(weight, None), True, memory)
     out = torch.full((num_rows, d_out), NAN)
     kit("linear", kit.team, packed, x, num_rows, out, 0)
     exact = F.linear(x.bfloat16().double(), weight.double()).float()
@@ -161,7 +163,7 @@ def lora_rows(
         if slot
     ]
     segments = (library.Segment * len(used))(*used)
-    kit("lora", kit.team, segments, len(used), 0, x, 40, out, sum(SIZES))
+    kit("lora", kit.team, segments, len(used), 0, x, 40, out, sum(SIZES), int(x.dtype == torch.bfloat16))
     return out
 
 
@@ -177,8 +179,10 @@ def lora_rows(
     ],
     ids=["empty", "base only", "one adapter", "all different", "skewed", "two"],
 )
-def test_lora_is_the_obvious_sum(kit: Kit, slots: list[int]) -> None:
-    x = normal(len(slots), 40)
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_lora_is_the_obvious_sum(kit: Kit, slots: list[int], dtype: torch.dtype) -> None:
+    """In bf16 inputs and what lies between the factors are rounded; the oracle here rounds neither."""
+    x = normal(len(slots), 40).to(dtype)
     expected = torch.ones(len(slots), sum(SIZES))
     turned = [
         lora.fuse(
@@ -189,14 +193,15 @@ def test_lora_is_the_obvious_sum(kit: Kit, slots: list[int]) -> None:
         )
         for parts in adapters()
     ]
-    lora.add_lora(expected, x, [None, *turned], torch.tensor(slots, dtype=torch.int64))
-    torch.testing.assert_close(lora_rows(kit, adapters(), slots, x), expected, **CLOSE)
+    lora.add_lora(expected, x.float(), [None, *turned], torch.tensor(slots, dtype=torch.int64))
+    torch.testing.assert_close(lora_rows(kit, adapters(), slots, x), expected, **CLOSE[dtype])
 
 
-def test_a_row_of_lora_meets_no_other_row_and_no_other_adapter(kit: Kit) -> None:
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_a_row_of_lora_meets_no_other_row_and_no_other_adapter(kit: Kit, dtype: torch.dtype) -> None:
     slots = [1, 2, 3, 3, 3, 3, 3, 3, 3, 5, 6]
-    x = torch.full((len(slots), 40), NAN)
-    row = normal(40)
+    x = torch.full((len(slots), 40), NAN, dtype=dtype)
+    row = normal(40).to(dtype)
     for place in (3, 8):
         x[place] = row
         alone = lora_rows(kit, adapters(), [3], row.unsqueeze(0))[0]
@@ -217,6 +222,7 @@ def attend(kit: Kit, cache: tuple[Tensor, Tensor], spans: list[tuple[int, list[i
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
         num_blocks=NUM_BLOCKS,
+        is_half=int(cache[0].dtype == torch.bfloat16),
         cos=address(cos),
         sin=address(sin),
     )
@@ -227,15 +233,15 @@ def attend(kit: Kit, cache: tuple[Tensor, Tensor], spans: list[tuple[int, list[i
             for i, ((start, _), table) in enumerate(zip(spans, tables, strict=True))
         )
     )
-    out = torch.full((len(spans), num_tokens, HEADS * DIM), NAN)
+    out = torch.full((len(spans), num_tokens, HEADS * DIM), NAN, dtype=cache[0].dtype)
     memory = library.Cache(address(cache[0]), address(cache[1]))
     kit("attend", kit.team, shape, memory, rows, len(spans), qkv.clone(), out)
     return out
 
 
-def empty_cache(value: float = NAN) -> tuple[Tensor, Tensor]:
+def empty_cache(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     size = (KV_HEADS, NUM_BLOCKS, PANEL * DIM)
-    return torch.full(size, value), torch.full(size, value)
+    return torch.full(size, NAN, dtype=dtype), torch.full(size, NAN, dtype=dtype)
 
 
 def attend_plainly(qkv: Tensor) -> Tensor:
@@ -252,27 +258,31 @@ def attend_plainly(qkv: Tensor) -> Tensor:
     return seen[0].transpose(0, 1).reshape(len(x), -1).float()
 
 
+@pytest.mark.parametrize("dtype", CLOSE)
 @pytest.mark.parametrize("cuts", [[77], [76, 1], [1] * 20, [5, 16, 30, 26], [16, 16, 1]], ids=str)
-def test_attention_over_the_paged_cache_is_that_of_torch(kit: Kit, cuts: list[int]) -> None:
+def test_attention_over_the_paged_cache_is_that_of_torch(
+    kit: Kit, cuts: list[int], dtype: torch.dtype
+) -> None:
     """However a row is cut into chunks, and with NaN in every block that is not its own."""
     total, blocks = sum(cuts), [7, 3, 30, 12, 1]
-    qkv, cache, start = normal(total, (HEADS + 2 * KV_HEADS) * DIM), empty_cache(), 0
+    qkv, cache, start = normal(total, (HEADS + 2 * KV_HEADS) * DIM), empty_cache(dtype), 0
     pieces = []
     for size in cuts:
         pieces.append(attend(kit, cache, [(start, blocks)], qkv[None, start : start + size])[0])
         start += size
-    torch.testing.assert_close(torch.cat(pieces), attend_plainly(qkv), **CLOSE)
-    whole = attend(kit, empty_cache(), [(0, blocks)], qkv[None])[0]
+    torch.testing.assert_close(torch.cat(pieces).float(), attend_plainly(qkv), **CLOSE[dtype])
+    whole = attend(kit, empty_cache(dtype), [(0, blocks)], qkv[None])[0]
     assert torch.equal(torch.cat(pieces), whole)  # bitwise: chunks change nothing
 
 
-def test_attention_reads_no_row_but_its_own(kit: Kit) -> None:
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_attention_reads_no_row_but_its_own(kit: Kit, dtype: torch.dtype) -> None:
     qkv = normal(3, 40, (HEADS + 2 * KV_HEADS) * DIM)
     tables = [[1, 2, 3], [4, 5, 6], [9, 8, 7]]
-    alone = attend(kit, empty_cache(), [(0, tables[1])], qkv[1:2])[0]
+    alone = attend(kit, empty_cache(dtype), [(0, tables[1])], qkv[1:2])[0]
     spoiled = torch.full_like(qkv, NAN)
     spoiled[1] = qkv[1]
-    seen = attend(kit, empty_cache(), [(0, table) for table in tables], spoiled)
+    seen = attend(kit, empty_cache(dtype), [(0, table) for table in tables], spoiled)
     assert torch.equal(seen[1], alone) and seen[[0, 2]].isnan().all()
 
 
@@ -280,13 +290,30 @@ def test_attention_reads_no_row_but_its_own(kit: Kit) -> None:
 def test_norm_and_gate_are_those_of_torch(kit: Kit, width: int) -> None:
     x, weight, out = normal(5, width), normal(width, seed=1), torch.empty(5, width)
     kit("norm", x, weight, 5, width, ctypes.c_double(1e-5), out)
-    torch.testing.assert_close(out, F.rms_norm(x, (width,), weight, 1e-5), **CLOSE)
+    torch.testing.assert_close(out, F.rms_norm(x, (width,), weight, 1e-5), **CLOSE[torch.float32])
     both = 30 * normal(5, 2 * width, seed=2)
     both[0] *= 10  # far into both tails of the exponential
     both[1, 0] = NAN
     kit("gate", both, 5, width, out)
     gate, up = both.chunk(2, -1)
-    torch.testing.assert_close(out, F.silu(gate) * up, equal_nan=True, **CLOSE)
+    torch.testing.assert_close(out, F.silu(gate) * up, equal_nan=True, **CLOSE[torch.float32])
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 100])
+def test_the_best_is_the_first_of_the_greatest_unless_one_is_nan(kit: Kit, width: int) -> None:
+    rows = normal(6, width).round()
+    rows[1, -1] = NAN
+    rows[2, 0] = -float("inf")
+    rows[3, width // 2] = float("inf")
+    best, highest = torch.full((6,), -1), torch.full((6,), NAN)
+    kit("best", rows, 6, width, best, highest)
+    found = rows.max(dim=-1)
+    torch.testing.assert_close(highest, found.values, equal_nan=True, rtol=0, atol=0)
+    is_number = ~highest.isnan()
+    first = [
+        row.tolist().index(value) for row, value in zip(rows[is_number], highest[is_number], strict=True)
+    ]
+    assert best[is_number].tolist() == first
 
 
 @pytest.fixture(scope="module")
