@@ -25,7 +25,7 @@ from cluster.adapters import Factors
 from serve_apps.engine.decoder import Decoder, Linear, Shape, is_llama, named_parts, part_sizes
 from serve_apps.engine.native import library
 from serve_apps.engine.native.library import MAX_HEAD_DIM, PANEL, address
-from serve_apps.engine.packed_adapter import PackedAdapter, pack_adapter, zeroed
+from serve_apps.engine.packed_adapter import PackedAdapter, Projection, pack_adapter, zeroed
 from serve_apps.engine.runner import Outputs
 from serve_apps.engine.scheduler import StepPlan
 
@@ -41,12 +41,16 @@ def can_run(model: Decoder) -> bool:
     """Whether the kernels know everything that this model does; bf16 slowly where it is not multiplied."""
     shape = model.shape
     return (
-        model.dtype in (torch.float32, torch.bfloat16)
+        is_llama(model)
+        and model.dtype in (torch.float32, torch.bfloat16)
         and shape.head_dim % PANEL == 0
         and shape.head_dim <= MAX_HEAD_DIM
+        and model.layers[0].projections["down"].weight.shape[1] % PANEL == 0
         and all(linear.weight.shape[1] % 2 == 0 for linear in model.layers[0].projections.values())
-        and is_llama(model)
     )
+
+
+GATED = "gate_up"
 
 
 class NativeRunner:
@@ -57,7 +61,7 @@ class NativeRunner:
         self._shape = model.shape
         self.num_blocks = num_blocks
         self._layer_path, self._parts = model.layer_path, model.parts
-        self._sizes = part_sizes(model)
+        self._projections = [Projection(sizes, name == GATED) for name, sizes in part_sizes(model).items()]
         self._kernels = kernels
         self._embed = _exact_half(model.embed)
         self._is_half = model.dtype == torch.bfloat16
@@ -89,7 +93,7 @@ class NativeRunner:
             for index in range(self.shape.num_layers)
             for parts in self._parts.values()
         ]
-        return pack_adapter(self._kernels, updates, [*self._sizes.values()] * self.shape.num_layers)
+        return pack_adapter(self._kernels, updates, self._projections * self.shape.num_layers)
 
     def run(self, plan: StepPlan, adapters: Mapping[bytes, PackedAdapter]) -> Outputs:
         """Compute every row of ``plan``."""
@@ -139,12 +143,14 @@ class NativeRunner:
             layer.attn_norm = self._keep(source.attn_norm.weight)
             layer.mlp_norm = self._keep(source.mlp_norm.weight)
             for name, linear in source.projections.items():
-                setattr(layer, name, pack_linear(linear, self._is_half, memory))
+                setattr(layer, name, pack_linear(linear, self._is_half, memory, name == GATED))
             layer.cache = library.Cache(address(keys[index]), address(values[index]))
         inner = model.layers[0].projections["gate_up"].weight.shape[0] // 2
         hidden = model.embed.shape[1]
         heads = shape.num_heads * shape.head_dim
-        self._buffer_width = hidden + 2 * heads + 2 * shape.num_kv_heads * shape.head_dim + 3 * inner
+        self._buffer_width = (
+            hidden + heads + 2 * shape.num_kv_heads * shape.head_dim + max(heads, hidden) + inner
+        )
         rotary = model.layers[0].attention.rotary
         assert rotary is not None
         angles = torch.outer(torch.arange(shape.max_length).float(), rotary.inv_freq)
@@ -186,13 +192,19 @@ def _spans(plan: StepPlan) -> tuple[Any, Tensor]:
     return spans, blocks
 
 
-def pack_linear(linear: Linear, is_half: bool, memory: "Memory") -> Any:
-    """A linear map as the kernels read it while ``memory`` is kept; ``is_half`` rounds inputs to bf16."""
+def pack_linear(linear: Linear, is_half: bool, memory: "Memory", is_gated: bool = False) -> Any:
+    """A linear map as the kernels read it while ``memory`` is kept. With ``is_half`` its inputs are in bf16.
+    Of a gated one, gate before up, the panels of both lie in turn."""
     d_out, d_in = linear.weight.shape
-    panels = memory.keep(in_panels(_exact_half(linear.weight), PANEL))
-    bias = None if linear.bias is None else memory.keep(F.pad(linear.bias.float(), (0, -d_out % PANEL)))
+    weight, bias = (_in_turn(t) if is_gated and t is not None else t for t in (linear.weight, linear.bias))
+    panels = memory.keep(in_panels(_exact_half(weight), PANEL))
+    bias = None if bias is None else memory.keep(F.pad(bias.float(), (0, -d_out % PANEL)))
     kind = 0 if panels.dtype == torch.float32 else 2 if is_half else 1
     return library.Linear(address(panels), address(bias), d_in, d_out, kind)
+
+
+def _in_turn(rows: Tensor) -> Tensor:
+    return rows.view(2, -1, PANEL, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 
 
 class Memory:

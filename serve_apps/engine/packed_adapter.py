@@ -31,10 +31,26 @@ class PackedAdapter:
         return self.memory.nbytes
 
 
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A fused one: ``d_out`` of its parts, all but the last in whole panels. They lie one after the other, or
+    panel by panel in turn."""
+
+    sizes: tuple[int, ...]
+    is_in_turn: bool = False
+
+    def __post_init__(self) -> None:
+        assert all(size % PANEL == 0 for size in self.sizes[:-1])
+
+    def place(self, part: int) -> tuple[int, int]:
+        """Number of a part's first panel, and the step from each to its next."""
+        return (part, len(self.sizes)) if self.is_in_turn else (sum(self.sizes[:part]) // PANEL, 1)
+
+
 def pack_adapter(
-    kernels: ctypes.CDLL, updates: Sequence[Sequence[Part]], sizes: Sequence[Sequence[int]]
+    kernels: ctypes.CDLL, updates: Sequence[Sequence[Part]], projections: Sequence[Projection]
 ) -> PackedAdapter:
-    """The parts of every fused projection, whose ``d_out`` are ``sizes``, side by side.
+    """The updates of every part of every fused projection, in one piece.
 
     Raises:
         Rejected: ``adapter_values``, where one is not finite.
@@ -42,25 +58,25 @@ def pack_adapter(
     packed = (library.Update * len(updates))()
     memory = zeroed(sum(size for parts in updates for size in _panel_bytes(parts)))
     end, matrices, modules = memory.data_ptr(), list[tuple[object, ...]](), list[str]()
-    for update, parts, widths in zip(packed, updates, sizes, strict=True):
+    for update, parts, projection in zip(packed, updates, projections, strict=True):
         starts = []
         for size in _panel_bytes(parts):
             starts.append(end)
             end += size
-        column = 0
-        for (module, factors), width in zip(parts, widths, strict=True):
+        for number, ((module, factors), width) in enumerate(zip(parts, projection.sizes, strict=True)):
             if factors is not None:
                 a, b = factors.a, factors.b
                 rank, d_in = a.shape
                 update.a = starts[0]
                 start = starts[update.num_parts + 1]
-                update.parts[update.num_parts] = library.Part(start, update.rank, rank, column, width)
+                update.parts[update.num_parts] = library.Part(
+                    start, update.rank, rank, *projection.place(number), width
+                )
                 matrices.append((library.address(a), starts[0], rank, d_in, update.rank, SLIM_PANEL))
                 matrices.append((library.address(b), start, width, rank, 0, PANEL))
                 modules += [module, module]
                 update.rank += rank
                 update.num_parts += 1
-            column += width
     laid = (library.Matrix * len(matrices))(*matrices)  # type: ignore[misc]
     first_bad = kernels.openledger_pack(laid, len(matrices))
     if first_bad < len(matrices):

@@ -30,14 +30,6 @@ inline void norm_row(const float* x, const float* weight, int64_t width, float e
   each_vector(width, [=](int64_t i, int64_t n) { put(out + i, get(weight + i, n) * (get(x + i, n) * scale), n); });
 }
 
-template <class A>
-inline void gate_row(const float* gate_up, int64_t inner, A* out) {
-  each_vector(inner, [=](int64_t i, int64_t n) {
-    const F gate = get(gate_up + i, n);
-    put(out + i, gate / (1.0f + exp_of(-gate)) * get(gate_up + inner + i, n), n);
-  });
-}
-
 // The greatest of a row and the first place where it stands; NaN if there is one.
 inline void find_best(const float* row, int64_t width, int64_t* best, float* highest) {
   F most = F{} - INFINITY;
@@ -88,22 +80,25 @@ struct Step {
   float* logits;   // [sampled, vocabulary]
   int64_t* best;   // [sampled]: each row's likeliest token
   float* highest;  // [sampled]: its logit
-  float* buffer;   // [tokens, hidden + qkv + heads + 3 * inner]; afterwards begins with the last norm's [sampled, hidden]
+  float* buffer;   // [tokens, hidden + qkv + max(heads, hidden) + inner]; afterwards begins with the last norm's [sampled, hidden]
 };
 
 template <class A>
 void run_step(Team& team, const Decoder& model, const Step& step) {
   const Shape& shape = model.shape;
   const int64_t n = step.num_tokens;
-  float *last = step.buffer, *qkv = last + n * shape.hidden, *gate_up = qkv + n * shape.qkv_out();
-  A *x = reinterpret_cast<A*>(last), *seen = reinterpret_cast<A*>(gate_up + 2 * n * shape.inner);
+  float *last = step.buffer, *qkv = last + n * shape.hidden;
+  A *x = reinterpret_cast<A*>(last), *seen = reinterpret_cast<A*>(qkv + n * shape.qkv_out());
   A* inner = seen + n * shape.heads_out();
   const float eps = float(shape.norm_eps);
   const std::vector<Work> works = split(shape, step.spans, step.num_spans);
+  const auto adapted = [&](const Linear& l, int64_t layer, int projection, const A* in) {
+    Adapted<A> found(step.segments, step.num_segments, layer * kProjections + projection);
+    found.shrink(team, in, l.d_in);
+    return found;
+  };
   const auto project = [&](const Linear& l, int64_t layer, int projection, const A* in, float* out, bool adds) {
-    linear(team, l, in, n, out, adds);
-    const int64_t index = layer * kProjections + projection;
-    if (step.num_segments) lora(team, step.segments, step.num_segments, index, in, l.d_in, out, l.d_out);
+    linear(team, l, in, adapted(l, layer, projection, in), n, out, adds);
   };
   const auto norm = [&](const float* weight) {
     each_row(team, n, [&](int64_t r) {
@@ -118,15 +113,15 @@ void run_step(Team& team, const Decoder& model, const Step& step) {
     attend(team, shape, layer.cache, step.spans, works, qkv, seen);
     project(layer.o, i, 1, seen, step.hidden, true);
     norm(layer.mlp_norm);
-    project(layer.gate_up, i, 2, x, gate_up, false);
-    each_row(team, n, [&](int64_t r) {
-      gate_row(gate_up + 2 * r * shape.inner, shape.inner, inner + r * shape.inner);
-    });
+    gated(team, layer.gate_up, x, adapted(layer.gate_up, i, 2, x), n, inner);
     project(layer.down, i, 3, inner, step.hidden, true);
   }
-  for (int64_t r = 0; r < step.num_sampled; ++r)
-    norm_row(step.hidden + step.sampled[r] * shape.hidden, model.final_norm, shape.hidden, eps, last + r * shape.hidden);
-  linear(team, model.head, last, step.num_sampled, step.logits, false);
+  for (int64_t r = 0; r < step.num_sampled; ++r) {
+    const float* row = step.hidden + step.sampled[r] * shape.hidden;
+    norm_row(row, model.final_norm, shape.hidden, eps, last + r * shape.hidden);
+    norm_row(row, model.final_norm, shape.hidden, eps, seen + r * shape.hidden);
+  }
+  linear(team, model.head, seen, Adapted<A>(nullptr, 0, 0), step.num_sampled, step.logits, false);
   each_row(team, step.num_sampled, [&](int64_t r) {
     find_best(step.logits + r * shape.vocabulary, shape.vocabulary, step.best + r, step.highest + r);
   });
@@ -151,14 +146,27 @@ int64_t openledger_pack(const Matrix* matrices, int64_t num_matrices) {
   return num_matrices;
 }
 
-// The kernels one by one, for tests and measurements.
-void openledger_linear(Team* team, const Linear* l, const float* x, int64_t num_rows, float* out, int64_t adds) {
-  linear(*team, *l, x, num_rows, out, adds != 0);
+// The kernels one by one, for tests and measurements. Inputs are in bf16 where the map's `kind` is 2.
+void openledger_linear(Team* team, const Linear* l, const void* x, int64_t num_rows, float* out, int64_t adds,
+                       const Segment* segments, int64_t num_segments, int64_t index) {
+  const auto run = [&](auto* in) {
+    Adapted<std::remove_const_t<std::remove_pointer_t<decltype(in)>>> adapted(segments, num_segments, index);
+    adapted.shrink(*team, in, l->d_in);
+    linear(*team, *l, in, adapted, num_rows, out, adds != 0);
+  };
+  if (l->kind == 2) run(static_cast<const Half*>(x));
+  else run(static_cast<const float*>(x));
 }
-void openledger_lora(Team* team, const Segment* segments, int64_t num_segments, int64_t index, const void* x,
-                     int64_t d_in, float* out, int64_t d_out, int64_t is_half) {
-  if (is_half) lora(*team, segments, num_segments, index, static_cast<const Half*>(x), d_in, out, d_out);
-  else lora(*team, segments, num_segments, index, static_cast<const float*>(x), d_in, out, d_out);
+void openledger_gated(Team* team, const Linear* l, const void* x, int64_t num_rows, void* out, const Segment* segments,
+                      int64_t num_segments, int64_t index) {
+  const auto run = [&](auto* in) {
+    using X = std::remove_const_t<std::remove_pointer_t<decltype(in)>>;
+    Adapted<X> adapted(segments, num_segments, index);
+    adapted.shrink(*team, in, l->d_in);
+    gated(*team, *l, in, adapted, num_rows, static_cast<X*>(out));
+  };
+  if (l->kind == 2) run(static_cast<const Half*>(x));
+  else run(static_cast<const float*>(x));
 }
 void openledger_attend(Team* team, const Shape* shape, const Cache* cache, const Span* spans, int64_t num_spans,
                        float* qkv, void* out) {
@@ -172,9 +180,6 @@ void openledger_attend(Team* team, const Shape* shape, const Cache* cache, const
 }
 void openledger_norm(const float* x, const float* weight, int64_t num_rows, int64_t width, double eps, float* out) {
   for (int64_t r = 0; r < num_rows; ++r) norm_row(x + r * width, weight, width, float(eps), out + r * width);
-}
-void openledger_gate(const float* gate_up, int64_t num_rows, int64_t inner, float* out) {
-  for (int64_t r = 0; r < num_rows; ++r) gate_row(gate_up + 2 * r * inner, inner, out + r * inner);
 }
 void openledger_best(const float* rows, int64_t num_rows, int64_t width, int64_t* best, float* highest) {
   for (int64_t r = 0; r < num_rows; ++r) find_best(rows + r * width, width, best + r, highest + r);

@@ -53,7 +53,8 @@ Part = _structure(
         "b": _address,
         "first_rank": _count,
         "rank": _count,
-        "first_column": _count,
+        "first_panel": _count,
+        "panel_step": _count,
         "num_columns": _count,
     },
 )
@@ -137,7 +138,7 @@ def load(variant: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(build(variant)))
     library.openledger_team.restype = ctypes.c_void_p
     library.openledger_pack.restype = ctypes.c_int64
-    for name in ("disband", "step", "linear", "lora", "attend", "norm", "gate", "best"):
+    for name in ("disband", "step", "linear", "attend", "gated", "norm", "best"):
         getattr(library, f"openledger_{name}").restype = None
     return library
 

@@ -33,8 +33,8 @@ NUM_BLOCKS = 30
 # times in bf16, what was seen over a hundred requests (5e-6 and 0.025). Sums in another order differ by some
 # units of the last place, 2**-24 and 2**-9, which four layers with loud adapters enlarge.
 BOUND = {torch.float32: 5e-5, torch.bfloat16: 0.1}
-# How far apart two ways to compute the same may be. In bf16, over sixty mixes, the kernels were 0.18 from torch in
-# fp32 at most, torch in bf16 0.33 and the two 0.22 from each other: torch rounds the residual stream as well.
+# How far apart two ways to compute the same may be. In bf16, over sixty mixes, the kernels were at most 0.18
+# from torch in fp32, torch in bf16 0.33, the two 0.22 from each other: torch rounds the residual stream, too.
 APART = {torch.float32: 5e-5, torch.bfloat16: 0.5}
 
 Build = Callable[[Decoder], Runner]

@@ -21,7 +21,7 @@ from serve_apps.engine.kv_cache import BlockPool
 from serve_apps.engine.native import library
 from serve_apps.engine.native.library import PANEL, address, load_kernels
 from serve_apps.engine.native_runner import Memory, NativeRunner, pack_linear
-from serve_apps.engine.packed_adapter import pack_adapter
+from serve_apps.engine.packed_adapter import Projection, pack_adapter
 from serve_apps.engine.scheduler import Limits, Scheduler
 from serve_apps.engine.types import EngineRequest
 from tests.serve_apps.conftest import Toys, request, run
@@ -80,7 +80,7 @@ def linear(kit: Kit, given: Linear, x: Tensor, out: Tensor | None = None) -> Ten
     memory = Memory(2**21)
     packed = pack_linear(given, False, memory)
     result = torch.full((len(x), len(given.weight)), NAN) if out is None else out.clone()
-    kit("linear", kit.team, packed, x, len(x), result, int(out is not None))
+    kit("linear", kit.team, packed, x, len(x), result, int(out is not None), None, 0, 0)
     return result
 
 
@@ -98,18 +98,18 @@ def test_linear_is_that_of_torch(kit: Kit, num_rows: int, d_in: int, d_out: int)
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 13, 40, 200])
-@pytest.mark.parametrize(("d_in", "d_out"), [(1, 1), (12, 24), (64, 259), (701, 80)])
+@pytest.mark.parametrize(("d_in", "d_out"), [(2, 1), (12, 24), (64, 259), (702, 80)])
 def test_linear_over_inputs_in_bf16(kit: Kit, num_rows: int, d_in: int, d_out: int) -> None:
     """Products of bf16 numbers are exact in fp32: only the order of the sum differs from fp64."""
-    x, weight = normal(num_rows, d_in), normal(d_out, d_in, seed=1).bfloat16()
+    x, weight = normal(num_rows, d_in).bfloat16(), normal(d_out, d_in, seed=1).bfloat16()
     memory = Memory(2**21)
     packed = pack_linear(Linear(weight, None), True, memory)
     out = torch.full((num_rows, d_out), NAN)
-    kit("linear", kit.team, packed, x, num_rows, out, 0)
-    exact = F.linear(x.bfloat16().double(), weight.double()).float()
+    kit("linear", kit.team, packed, x, num_rows, out, 0, None, 0, 0)
+    exact = F.linear(x.double(), weight.double()).float()
     torch.testing.assert_close(out, exact, atol=1e-4, rtol=1e-4)
     alone = torch.empty(1, d_out)
-    kit("linear", kit.team, packed, x[num_rows // 2].unsqueeze(0), 1, alone, 0)
+    kit("linear", kit.team, packed, x[num_rows // 2].unsqueeze(0), 1, alone, 0, None, 0, 0)
     assert torch.equal(alone[0], out[num_rows // 2])
 
 
@@ -125,7 +125,7 @@ def test_a_row_of_linear_is_the_same_bits_in_any_company(kit: Kit, half: bool) -
         assert torch.equal(linear(kit, packed, x)[num_rows // 2], alone), num_rows
 
 
-SIZES = (24, 8, 16)
+SIZES = (32, 16, 24)
 RANKS = [(1, 1, 1), (4, 0, 3), (8, 8, 8), (0, 0, 0), (16, 16, 16), (5, 0, 0)]
 
 
@@ -143,27 +143,49 @@ def adapters() -> list[list[FileFactors | None]]:
     ]
 
 
+@dataclass(frozen=True)
+class Adapting:
+    """Adapters and the segments of a step. Slot 0 is the base model, slot ``n`` adapter ``n - 1``; equal ones
+    lie together. With a ``sound`` adapter all others are NaN, padding included."""
+
+    segments: ctypes.Array[ctypes.Structure]
+    kept: list[object]
+
+    @classmethod
+    def of(
+        cls,
+        kit: Kit,
+        given: list[list[FileFactors | None]],
+        projection: Projection,
+        slots: list[int],
+        sound: int = 0,
+    ) -> "Adapting":
+        packs = [pack_adapter(kit.kernels, [[("", part) for part in parts]], [projection]) for parts in given]
+        updates = (library.Update * len(given))(*(packed.updates[0] for packed in packs))
+        for slot, packed in enumerate(packs, start=1):
+            if sound and slot != sound:
+                packed.memory.fill_(255)
+        ends = [i for i in range(1, len(slots) + 1) if i == len(slots) or slots[i] != slots[i - 1]]
+        runs = [(slots[end - 1], start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        size = ctypes.sizeof(library.Update)
+        used = [
+            library.Segment(ctypes.addressof(updates) + (slot - 1) * size, start, end)
+            for slot, start, end in runs
+            if slot
+        ]
+        return cls((library.Segment * len(used))(*used), [packs, updates])
+
+
 def lora_rows(
     kit: Kit, given: list[list[FileFactors | None]], slots: list[int], x: Tensor, sound: int = 0
 ) -> Tensor:
-    """Slot 0 is the base model, slot ``n`` adapter ``n - 1``; equal slots lie together. With a ``sound``
-    adapter all others are NaN."""
-    packs = [pack_adapter(kit.kernels, [[("", part) for part in parts]], [SIZES]) for parts in given]
-    updates = (library.Update * len(given))(*(packed.updates[0] for packed in packs))
-    for slot, packed in enumerate(packs, start=1):
-        if sound and slot != sound:
-            packed.memory.fill_(255)  # NaN, padding included
+    """What adapters add to ones, by a map of zeros."""
+    memory = Memory(2**21)
+    is_half = x.dtype == torch.bfloat16
+    zeros = pack_linear(Linear(torch.zeros(sum(SIZES), 40), None), is_half, memory)
     out = torch.ones(len(slots), sum(SIZES))
-    ends = [i for i in range(1, len(slots) + 1) if i == len(slots) or slots[i] != slots[i - 1]]
-    runs = [(slots[end - 1], start, end) for start, end in zip([0, *ends], ends, strict=False)]
-    size = ctypes.sizeof(library.Update)
-    used = [
-        library.Segment(ctypes.addressof(updates) + (slot - 1) * size, start, end)
-        for slot, start, end in runs
-        if slot
-    ]
-    segments = (library.Segment * len(used))(*used)
-    kit("lora", kit.team, segments, len(used), 0, x, 40, out, sum(SIZES), int(x.dtype == torch.bfloat16))
+    adapting = Adapting.of(kit, given, Projection(SIZES), slots, sound)
+    kit("linear", kit.team, zeros, x, len(x), out, 1, adapting.segments, len(adapting.segments), 0)
     return out
 
 
@@ -287,16 +309,42 @@ def test_attention_reads_no_row_but_its_own(kit: Kit, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("width", [1, 3, 64, 100])
-def test_norm_and_gate_are_those_of_torch(kit: Kit, width: int) -> None:
+def test_norm_is_that_of_torch(kit: Kit, width: int) -> None:
     x, weight, out = normal(5, width), normal(width, seed=1), torch.empty(5, width)
     kit("norm", x, weight, 5, width, ctypes.c_double(1e-5), out)
     torch.testing.assert_close(out, F.rms_norm(x, (width,), weight, 1e-5), **CLOSE[torch.float32])
-    both = 30 * normal(5, 2 * width, seed=2)
-    both[0] *= 10  # far into both tails of the exponential
-    both[1, 0] = NAN
-    kit("gate", both, 5, width, out)
-    gate, up = both.chunk(2, -1)
-    torch.testing.assert_close(out, F.silu(gate) * up, equal_nan=True, **CLOSE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("num_rows", [1, 7, 40])
+@pytest.mark.parametrize("inner", [16, 48, 272])
+def test_a_gated_map_is_that_of_torch(kit: Kit, dtype: torch.dtype, num_rows: int, inner: int) -> None:
+    """With an adapter on either part and far into both tails of the exponential, whoever is NaN."""
+    x, weight, bias = (
+        normal(num_rows, 40),
+        8 * normal(2 * inner, 40, seed=1).bfloat16(),
+        normal(2 * inner, seed=3),
+    )
+    x[0] *= 10
+    x = x.to(dtype)
+    a, b = normal(5, 40, seed=4).bfloat16(), normal(inner, 5, seed=5).bfloat16()
+    both: list[list[FileFactors | None]] = [[FileFactors(a, b), None], [None, FileFactors(a, b)]]
+    slots = [0] * (num_rows // 3) + [1] * (num_rows // 3) + [2] * (num_rows - 2 * (num_rows // 3))
+    x[num_rows // 2 + 1 :] = NAN
+    memory = Memory(2**21)
+    packed = pack_linear(Linear(weight.float(), bias), dtype == torch.bfloat16, memory, is_gated=True)
+    adapting = Adapting.of(kit, both, Projection((inner, inner), is_in_turn=True), slots)
+    out = torch.full((num_rows, inner), NAN, dtype=dtype)
+    kit("gated", kit.team, packed, x, num_rows, out, adapting.segments, len(adapting.segments), 0)
+    wide = F.linear(x.double(), weight.double(), bias.double())
+    added = (x.double() @ a.double().t()) @ b.double().t()
+    of_slot = torch.tensor(slots)
+    wide[of_slot == 1, :inner] += added[of_slot == 1]
+    wide[of_slot == 2, inner:] += added[of_slot == 2]
+    gate, up = wide.chunk(2, -1)
+    exact = (F.silu(gate) * up).float()
+    scale = {torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype] * exact.nan_to_num().abs().max()
+    torch.testing.assert_close(out.float(), exact, atol=float(scale), rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("width", [1, 15, 16, 100])

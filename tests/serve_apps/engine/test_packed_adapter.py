@@ -16,18 +16,18 @@ from serve_apps.engine.blending import RecentBlends
 from serve_apps.engine.loading import adapter_loader
 from serve_apps.engine.native.library import PANEL, SLIM_PANEL, load_kernels
 from serve_apps.engine.native_runner import in_panels
-from serve_apps.engine.packed_adapter import PackedAdapter, pack_adapter
+from serve_apps.engine.packed_adapter import PackedAdapter, Projection, pack_adapter
 from tests import toy_models
 from tests.serve_apps.conftest import Toys, request, run
 
-BASE, SHAPES = sha256(b"base"), {"q": (24, 37), "k": (10, 37)}
-SIZES = (24, 10)
+BASE, SHAPES = sha256(b"base"), {"q": (32, 37), "k": (10, 37)}
+SIZES = (32, 10)
 
 
 def packed(factors: dict[str, Factors]) -> PackedAdapter:
     kernels = load_kernels()
     assert kernels is not None
-    return pack_adapter(kernels, [[(name, factors.get(name)) for name in ("q", "k")]], [SIZES])
+    return pack_adapter(kernels, [[(name, factors.get(name)) for name in ("q", "k")]], [Projection(SIZES)])
 
 
 def normal(*size: int) -> Tensor:
