@@ -105,6 +105,7 @@ class EngineSettings(Values):
     backend: Literal["openlora", "vllm"] = "openlora"  # ours, or vLLM behind the same interface
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bf16 where the hardware multiplies it
+    weights: Literal["auto", "int8", "int4"] = "auto"  # of the base model; auto: as dtype says
     num_replicas: int = Field(default=1, ge=1)  # workers; the least of them where their number follows load
     max_replicas: int = 0  # beyond num_replicas: as many as queues and caches ask for
     upscale_delay_s: float = 10.0  # how long load must have asked for more

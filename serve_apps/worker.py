@@ -16,7 +16,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from attribution.errors import Refusal, Unavailable
+from attribution.errors import Refusal, Rejected, Unavailable
 from cluster.config import EngineSettings, Settings
 from cluster.database import connect, reading
 from cluster.models import base_model, native_dtype
@@ -179,6 +179,13 @@ def _engine(settings: Settings, storage: Storage) -> Engine | VllmEngine:
 
 
 def engine_config(settings: EngineSettings) -> EngineConfig:
+    """Raises: Rejected, for what the backend does not have."""
+    if settings.backend == "vllm" and settings.weights != "auto":
+        raise Rejected(
+            "weights_unsupported",
+            f"engine.backend vllm has no weights {settings.weights}; openlora has",
+            field="engine.weights",
+        )
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -190,6 +197,7 @@ def engine_config(settings: EngineSettings) -> EngineConfig:
     return EngineConfig(
         device=device,
         dtype=dtypes[settings.dtype],
+        weights=settings.weights,
         kv_bytes=settings.kv_bytes,
         is_deterministic=settings.is_deterministic,
         limits=Limits(

@@ -4,8 +4,9 @@
 ``post(mlp(norm(hidden)))``, one after the other or side by side; what a family does not have is ``None``."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,21 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Stored(Protocol):
+    """A weight that does not lie there as a tensor of the model's type."""
+
+    def dense(self) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
-    weight: Tensor  # [d_out, d_in]
+    stored: Tensor | Stored
     bias: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """``[d_out, d_in]``; what is not stored so is made anew by every call."""
+        return self.stored if isinstance(self.stored, Tensor) else self.stored.dense()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +150,31 @@ def _ordered(factors: Factors | None, order: Tensor | None) -> Factors | None:
     if factors is None or order is None:
         return factors
     return Factors(factors.a, factors.b[order.to(factors.b.device)])
+
+
+def on_device(model: Decoder, device: torch.device) -> Decoder:
+    """The same decoder there. What two layers share they share afterwards, too."""
+    moved = _turned(model, lambda tensor: tensor.to(device), {})
+    assert isinstance(moved, Decoder)
+    return moved
+
+
+def _turned(value: Any, turn: Callable[[Tensor], Tensor], known: dict[int, Any]) -> Any:
+    if id(value) in known:
+        return known[id(value)]
+    if isinstance(value, Tensor):
+        turned: Any = turn(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        new = {field.name: _turned(getattr(value, field.name), turn, known) for field in fields(value)}
+        turned = replace(value, **new)
+    elif isinstance(value, tuple):
+        turned = tuple(_turned(each, turn, known) for each in value)
+    elif isinstance(value, Mapping):
+        turned = {key: _turned(each, turn, known) for key, each in value.items()}
+    else:
+        turned = value
+    known[id(value)] = turned
+    return turned
 
 
 def part_sizes(model: Decoder) -> dict[str, tuple[int, ...]]:

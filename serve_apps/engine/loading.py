@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from attribution.errors import Corrupted
+from attribution.errors import Corrupted, Rejected
 from attribution.hashing import sha256
 from cluster import adapters as adapter_files
 from cluster.models import BaseModel, linear_shapes, load_base, load_tokenizer
@@ -24,6 +24,8 @@ from serve_apps.engine.model_runner import ModelRunner
 from serve_apps.engine.native.library import load_kernels
 from serve_apps.engine.native_runner import NativeRunner, runs
 from serve_apps.engine.one_by_one import OneByOne
+from serve_apps.engine.quality import check_quality, fixed_sequences
+from serve_apps.engine.quantization import BITS, quantize_decoder
 from serve_apps.engine.runner import FittedAdapter, Runner
 from serve_apps.engine.scheduler import Limits, Scheduler
 
@@ -34,6 +36,7 @@ class EngineConfig:
 
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
+    weights: str = "auto"  # as ``dtype`` says, or one of ``quantization.BITS``
     kv_bytes: int = 512 * 2**20
     block_size: int = 16
     limits: Limits = field(default_factory=Limits)
@@ -48,13 +51,9 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
 
     Raises:
         Refusal: an adapter that is to be pinned cannot be, or all of them leave no room for others.
+        Rejected: ``weights_quality`` or ``weights_unsupported``, of quantised weights.
     """
-    model = load_base(base.path, config.dtype).to(config.device)
-    eos = model.generation_config.eos_token_id
-    decoder = fuse_decoder(model, config.limits.max_length)
-    del model
-    runner = _runner(decoder, config)
-    del decoder
+    runner, eos = _loaded(base, config)
     blends = RecentBlends()
     load = adapter_loader(
         storage, base.base_id, linear_shapes(base.path), runner.fit, blends, config.adapters.num_loaders
@@ -62,7 +61,6 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
     cache = AdapterCache(load, config.adapters)
     cache.pin(config.pinned)
     tokenizer = load_tokenizer(base.path)
-    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     engine = Engine(
         runner,
         Scheduler(
@@ -72,11 +70,39 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
         cache,
         blends,
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-        constrain=Grammars(tokenizer, runner.shape.vocabulary, eos_ids).constraint,
-        eos_ids=frozenset(eos_ids),
+        constrain=Grammars(tokenizer, runner.shape.vocabulary, eos).constraint,
+        eos_ids=frozenset(eos),
     )
     _return_free_memory()
     return engine
+
+
+def _loaded(base: BaseModel, config: EngineConfig) -> tuple[Runner, list[int]]:
+    """Who computes, and the tokens that end an answer. A base that is to be quantised is never whole on the
+    device."""
+    model = load_base(base.path, config.dtype)
+    eos = model.generation_config.eos_token_id
+    if config.weights == "auto":
+        model = model.to(config.device)
+    decoder = fuse_decoder(model, config.limits.max_length)
+    del model
+    if config.weights != "auto":
+        decoder = _quantized(decoder, base, config)
+    return _runner(decoder, config), eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+def _quantized(decoder: Decoder, base: BaseModel, config: EngineConfig) -> Decoder:
+    device = torch.device(config.device)
+    is_ours = config.is_native and device.type == "cpu" and runs(decoder, config.block_size)
+    if is_ours and load_kernels() is not None:
+        raise Rejected(
+            "weights_unsupported",
+            f"our kernels for CPUs do not compute {config.weights} weights; CUDA devices and torch do",
+            field="engine.weights",
+        )
+    small = quantize_decoder(decoder, BITS[config.weights], device)
+    check_quality(decoder, small, fixed_sequences(load_tokenizer(base.path)))
+    return small
 
 
 def _return_free_memory() -> None:

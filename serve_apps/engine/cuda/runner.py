@@ -1,4 +1,5 @@
-"""The forward pass on a CUDA device: projections by cuBLAS, all else by the kernels of this folder.
+"""The forward pass on a CUDA device: projections by cuBLAS or, of quantised weights, by ``weights.py``; all
+else by the kernels of this folder.
 
 ``ModelRunner`` is the oracle and runs what this does not. A step of single tokens is padded to the next of a
 few sizes of rows and of LoRA tiles and replayed as a CUDA graph; a step with chunks of prompts is launched as
@@ -21,6 +22,7 @@ from serve_apps.engine.cuda.graphs import CapturedStep, host_numbers, memory_poo
 from serve_apps.engine.cuda.layers import add_and_norm, gate, rotate_and_store
 from serve_apps.engine.cuda.lora import DeviceAdapter, Layout, add_lora_tiles
 from serve_apps.engine.cuda.step import Numbers, Sizes, Step
+from serve_apps.engine.cuda.weights import project
 from serve_apps.engine.decoder import Decoder, Shape, is_llama, part_sizes
 from serve_apps.engine.runner import Outputs
 from serve_apps.engine.scheduler import StepPlan
@@ -125,7 +127,7 @@ class CudaRunner:
 
     def _project(self, x: Tensor, layer: int, name: str, step: Step) -> Tensor:
         linear = self._model.layers[layer].projections[name]
-        out = F.linear(x, linear.weight, linear.bias)
+        out = project(x, linear)
         add_lora_tiles(out, x, step.lora, self._layout.entry(layer, name), self._sizes[name])
         return out
 

@@ -10,7 +10,8 @@ The decode roofline: a step of all rows reads every weight once (of the embeddin
 and values of every row at the middle of its answer and every adapter once, at the rate at which this device
 copies memory, measured in this run; nothing else is counted. Compared with the median step of single tokens
 of W1. Prints the device, one JSON object and lines ``goal NAME VALUE TARGET met|short``. A few minutes, 60
-GB on the device; ``--layers`` takes less of the model where there is less."""
+GB on the device; ``--layers`` takes less of the model where there is less, ``--weights`` stores it in 8 or 4
+bits (of random weights, so nothing is said of quality)."""
 
 import argparse
 import json
@@ -34,6 +35,7 @@ from serve_apps.engine.decoder import Decoder
 from serve_apps.engine.engine import Engine
 from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.kv_cache import BlockPool
+from serve_apps.engine.quantization import BITS, Quantized, quantize_decoder
 from serve_apps.engine.runner import FittedAdapter
 from serve_apps.engine.scheduler import Limits, Scheduler
 from tests.bench.serving.engine_speed import RANKS, Workload, goal, median, medians, popular, run
@@ -51,6 +53,7 @@ PEFT_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--weights", choices=["auto", *BITS], default="auto")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -59,6 +62,8 @@ def main() -> None:
     model = random_llama(given.layers)
     peft_rate = peft_tokens_per_s(model)
     decoder = fuse_decoder(model)
+    if given.weights != "auto":
+        decoder = quantize_decoder(decoder, BITS[given.weights], decoder.device)
     del model
     torch.cuda.empty_cache()
     num_blocks = 1 + WORK.num_requests * -(-(WORK.prompt_tokens + WORK.max_tokens) // BLOCK)
@@ -89,6 +94,7 @@ def main() -> None:
         "copy_gb_per_s": round(read / 1e9, 1),
         "capture_s": round(capture_s, 1),
         "layers": given.layers,
+        "weights": given.weights,
         "adapters": NUM_ADAPTERS,
         "ranks": RANKS,
         "torch": torch.__version__,
@@ -167,7 +173,8 @@ def engine_of(runner: CudaRunner, adapters: dict[bytes, dict[str, Factors]]) -> 
 
 def step_bytes(decoder: Decoder, lora_bytes: int) -> float:
     """What a decode step of W1 must read."""
-    weights = sum(linear.weight.nbytes for layer in decoder.layers for linear in layer.projections.values())
+    stored = [linear.stored for layer in decoder.layers for linear in layer.projections.values()]
+    weights = sum(each.num_bytes if isinstance(each, Quantized) else each.nbytes for each in stored)
     shape, past = decoder.shape, WORK.prompt_tokens + WORK.max_tokens / 2
     per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * decoder.dtype.itemsize
     return weights + decoder.head.nbytes + WORK.num_requests * past * per_token + lora_bytes
