@@ -15,6 +15,7 @@ from attribution.errors import Rejected
 from attribution.types import ZERO_ID
 from serve_apps.engine.decoder import Decoder, Linear, on_device
 from serve_apps.engine.model_runner import ModelRunner
+from serve_apps.engine.peers import ALONE, Peers
 from serve_apps.engine.scheduler import Row, StepPlan
 
 LONGEST = 64  # tokens taken of a text
@@ -58,15 +59,17 @@ def fixed_sequences(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]
     return [tuple(tokenizer.encode(text, add_special_tokens=True))[:LONGEST] for text in TEXTS]
 
 
-def check_quality(reference: Decoder, quantized: Decoder, sequences: Sequence[tuple[int, ...]]) -> Quality:
-    """Compare them where ``quantized`` lies.
+def check_quality(
+    reference: Decoder, quantized: Decoder, sequences: Sequence[tuple[int, ...]], peers: Peers = ALONE
+) -> Quality:
+    """Compare them where ``quantized`` lies; parts of models with their ``peers``, each of whom calls this.
 
     Raises:
         Rejected: ``weights_quality``: it says something else too often.
     """
     found = compare(
-        next_token_logits(_streamed(reference, quantized.device), sequences),
-        next_token_logits(quantized, sequences),
+        next_token_logits(_streamed(reference, quantized.device), sequences, peers),
+        next_token_logits(quantized, sequences, peers),
     )
     # Written so that NaN is refused.
     if not (found.mean_kl <= MAX_MEAN_KL and found.top_1 >= MIN_TOP_1):
@@ -88,7 +91,7 @@ def compare(reference: Tensor, other: Tensor) -> Quality:
     return Quality(float(kl), float(same))
 
 
-def next_token_logits(model: Decoder, sequences: Sequence[tuple[int, ...]]) -> Tensor:
+def next_token_logits(model: Decoder, sequences: Sequence[tuple[int, ...]], peers: Peers = ALONE) -> Tensor:
     """After every token of every sequence, ``[tokens, vocabulary]``: one step in which each token is a row of
     its own, and a sequence's rows share the block that they fill."""
     length = max(len(sequence) for sequence in sequences)
@@ -105,7 +108,7 @@ def next_token_logits(model: Decoder, sequences: Sequence[tuple[int, ...]]) -> T
         for block, sequence in enumerate(sequences, start=1)
         for place, token in enumerate(sequence)
     )
-    return ModelRunner(model, len(sequences) + 1, length).run(StepPlan(rows), {}).logits
+    return ModelRunner(model, len(sequences) + 1, length, peers).run(StepPlan(rows), {}).logits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
