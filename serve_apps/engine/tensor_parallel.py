@@ -5,6 +5,7 @@ Followers read orders from a pipe, in turn: an adapter to fit, a step to compute
 step the ranks meet in its sums, and only rank 0's logits are looked at. Nobody outlives anybody: a follower
 ends when its pipe closes, and at once when rank 0's process is gone, in a step or not; when a follower is
 gone the step fails with ``rank_lost``, and so does every later one, whoever else waits being woken and ended.
+Each rank reads the whole base into host memory, and keeps its part.
 
 Written without devices: the tests run it on CPUs over gloo. It has not run over NCCL."""
 
