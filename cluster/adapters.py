@@ -277,6 +277,18 @@ def promote(session: Session, ref: str) -> Adapter:
     return adapter
 
 
+def publish_prefix(session: Session, ref: str, prefix_id: bytes) -> Adapter:
+    """Say in public that prompts for this version begin like the stored prefix, instead of whatever was said
+    before.
+
+    Raises:
+        Rejected: as ``resolve`` does.
+    """
+    row = served_row(session, ref)
+    row.prefix_id = prefix_id.hex()
+    return _adapter(row)
+
+
 def withdraw(session: Session, ref: str, now: int) -> None:
     """Stop serving this version. Its receipts stay, and are settled and paid; withdrawing twice is fine."""
     row = _row(session, ref)

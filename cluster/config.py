@@ -105,6 +105,8 @@ class EngineSettings(Values):
     backend: Literal["openlora", "vllm"] = "openlora"  # ours, or vLLM behind the same interface
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bf16 where the hardware multiplies it
+    weights: Literal["auto", "int8", "int4"] = "auto"  # of the base model; auto: as dtype says
+    tensor_parallel: int = Field(default=1, ge=1)  # devices of one machine that share one worker's model
     num_replicas: int = Field(default=1, ge=1)  # workers; the least of them where their number follows load
     max_replicas: int = 0  # beyond num_replicas: as many as queues and caches ask for
     upscale_delay_s: float = 10.0  # how long load must have asked for more
@@ -112,7 +114,7 @@ class EngineSettings(Values):
     drain_timeout_s: int = 600  # the longest answer that a worker or gateway about to stop still finishes
     num_threads: int = 0  # 0: all cores
     num_cpus: float = 0.5  # what Ray reckons one engine as; the laptop's two cores serve and train in turn
-    kv_bytes: int = 536_870_912  # keys and values
+    kv_bytes: int = 536_870_912  # keys and values, on each device
     adapter_bytes: int = 536_870_912  # loaded adapters; one may take a quarter of it
     vllm_max_adapters: int = 16  # vLLM has slots instead: so many,
     vllm_max_rank: int = 64  # each as large as an adapter of this rank

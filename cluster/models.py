@@ -28,6 +28,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -159,6 +160,15 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def eos_ids(path: Path) -> list[int]:
+    """The tokens that end an answer."""
+    try:
+        found = GenerationConfig.from_pretrained(path, local_files_only=True).eos_token_id
+    except OSError:  # there is no such file
+        found = load_config(path).eos_token_id
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
 def has_tools_template(tokenizer: PreTrainedTokenizerBase) -> bool:

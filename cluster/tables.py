@@ -170,6 +170,7 @@ class AdapterRow(Row):
     owner_id: Mapped[str] = mapped_column(Hex32)
     trajectory: Mapped[str]  # storage prefix
     index_id: Mapped[str | None] = mapped_column(Hex32)  # evidence index, once built
+    prefix_id: Mapped[str | None] = mapped_column(Hex32)  # how its prompts begin, where that is public
     price_gwei_per_token: Mapped[int]
     is_promoted: Mapped[int] = mapped_column(Integer, default=0)  # a bare name is this version
     withdrawn_at: Mapped[int | None]

@@ -32,6 +32,7 @@ class Order:
     is_stored: bool  # False keeps hashes only
     is_streamed: bool
     num_choices: int = 1
+    num_public: int = 0  # tokens of the prompt that were published with the adapter
     inputs: tuple[tuple[int, ...], ...] = ()  # what is embedded, one for each choice; together ``prompt_ids``
 
     def __post_init__(self) -> None:
@@ -65,6 +66,7 @@ class Order:
             adapter_id=self.model.adapter_id,
             blend=self.model.blend,
             is_embedding=bool(self.inputs),
+            num_public=self.num_public,
         )
 
 

@@ -31,6 +31,7 @@ class ServedModel:
     index_id: bytes  # the evidence index as of now; zero without one
     price_gwei_per_token: int
     blend: Blend | None = None
+    prefix_id: bytes = ZERO_ID  # how prompts begin, as its owner published; zero where nothing is public
 
     @property
     def has_evidence(self) -> bool:
@@ -65,6 +66,7 @@ def _adapter(session: Session, asked: str, base_id: bytes) -> ServedModel:
         adapter_id=bytes.fromhex(row.adapter_id),
         index_id=bytes.fromhex(row.index_id) if row.index_id else ZERO_ID,
         price_gwei_per_token=row.price_gwei_per_token,
+        prefix_id=bytes.fromhex(row.prefix_id) if row.prefix_id else ZERO_ID,
     )
 
 

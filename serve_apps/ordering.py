@@ -116,6 +116,9 @@ async def order_of(
     sampling = body.sampling(max_tokens, seed=secrets.randbits(63))
     if not all(bias.token_id < len(shared.tokenizer) for bias in sampling.logit_bias):
         raise Rejected("token_out_of_range", "logit_bias has ids that are no tokens", field="logit_bias")
+    num_public = await asyncio.to_thread(
+        shared.prefixes.num_public, shared.storage, model.prefix_id, prompt.token_ids
+    )
     return Order(
         account=account,
         model=model,
@@ -128,6 +131,7 @@ async def order_of(
         is_stored=body.store is not False,
         is_streamed=bool(body.stream),
         num_choices=body.num_choices,
+        num_public=num_public,
     )
 
 

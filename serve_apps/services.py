@@ -22,6 +22,7 @@ from cluster.database import reading, writing
 from cluster.models import BaseModel
 from cluster.storage import Storage
 from serve_apps.engine.grammar import Grammars
+from serve_apps.public_prefixes import PublicPrefixes
 from serve_apps.sessions import Sessions
 from serve_apps.worker_pool import WorkerPool
 
@@ -100,6 +101,7 @@ class Services:
     home: Path
     metrics: Metrics = field(default_factory=Metrics)
     keys: Keys = field(default_factory=Keys)
+    prefixes: PublicPrefixes = field(default_factory=PublicPrefixes)
 
     async def read(self, query: Callable[[Session], T]) -> T:
         """Run ``query`` in a transaction of a thread of its own."""

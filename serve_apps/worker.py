@@ -16,7 +16,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from attribution.errors import Refusal, Unavailable
+from attribution.errors import Refusal, Rejected, Unavailable
 from cluster.config import EngineSettings, Settings
 from cluster.database import connect, reading
 from cluster.models import base_model, native_dtype
@@ -99,7 +99,7 @@ class Worker:
             name=engine_name(self._worker_id),
             namespace=NAMESPACE,
             num_cpus=settings.engine.num_cpus,
-            num_gpus=1 if settings.engine.device == "cuda" else 0,
+            num_gpus=settings.engine.tensor_parallel if settings.engine.device == "cuda" else 0,
             max_concurrency=10_000,
             runtime_env={"env_vars": environment},
         )
@@ -179,6 +179,19 @@ def _engine(settings: Settings, storage: Storage) -> Engine | VllmEngine:
 
 
 def engine_config(settings: EngineSettings) -> EngineConfig:
+    """Raises: Rejected, for what the backend does not have."""
+    if settings.backend == "vllm" and settings.weights != "auto":
+        raise Rejected(
+            "weights_unsupported",
+            f"engine.backend vllm has no weights {settings.weights}; openlora has",
+            field="engine.weights",
+        )
+    if settings.backend == "vllm" and settings.tensor_parallel != 1:
+        raise Rejected(
+            "tensor_parallel",
+            f"engine.backend vllm has no tensor_parallel {settings.tensor_parallel}; openlora has",
+            field="engine.tensor_parallel",
+        )
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -190,6 +203,8 @@ def engine_config(settings: EngineSettings) -> EngineConfig:
     return EngineConfig(
         device=device,
         dtype=dtypes[settings.dtype],
+        weights=settings.weights,
+        num_ranks=settings.tensor_parallel,
         kv_bytes=settings.kv_bytes,
         is_deterministic=settings.is_deterministic,
         limits=Limits(

@@ -1,5 +1,6 @@
 """What the serving bench rests on: the same is asked of everybody, and rows are measured once."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,24 @@ import pytest
 from tests.bench.serving.report import Goal, goals
 from tests.bench.serving.rows import Plan, Rows, repeated
 from tests.bench.serving.workloads import SWEEP, W1, W2, W4, Workload, asks, part, summary
+
+ROOT = Path(__file__).parent.parent
+OPTIONAL = ("matplotlib", "triton", "vllm")  # some of which a benchmark may want
+MODULES = sorted(
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    for path in (ROOT / "tests/bench").rglob("[!_]*.py")
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_benchmark_finds_what_it_imports(module: str) -> None:
+    """Those that want a device or an hour run rarely; what they share moves meanwhile."""
+    try:
+        import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        pytest.skip(f"no {error.name}")
 
 
 @pytest.mark.parametrize("work", [W1, W2, W4, *SWEEP, part(W4, 4)], ids=lambda work: work.name)

@@ -157,11 +157,23 @@ def model_import(
     folder: Annotated[Path, typer.Argument(help="adapter_config.json and adapter_model.safetensors")],
     name: Annotated[str, typer.Option(help="owner/model")],
     price: Annotated[int, typer.Option(min=0, help="gwei per token")] = 2_000,
+    prefix: Annotated[Path | None, typer.Option(help="its system prompt, published")] = None,
 ) -> None:
     """Check, pack and publish a LoRA adapter that PEFT saved for this base model."""
     from cluster.cli import models
 
-    models.import_peft(load_settings(), folder, name, price)
+    models.import_peft(load_settings(), folder, name, price, prefix)
+
+
+@model.command("prefix")
+def model_prefix(
+    ref: Annotated[str, typer.Argument(help="owner/model@version")],
+    system_prompt: Annotated[Path, typer.Argument(help="a text file")],
+) -> None:
+    """Publish an adapter's system prompt: what is computed of it is then shared by all who send it."""
+    from cluster.cli import models
+
+    models.publish_prefix(load_settings(), ref, system_prompt)
 
 
 @app.command()

@@ -1,5 +1,5 @@
-"""``openledger train``, ``eval``, ``deploy``, ``model import``, ``chat``: from a spec, or from a folder that
-another trainer saved, to an adapter that answers."""
+"""``openledger train``, ``eval``, ``deploy``, ``model import``, ``model prefix``, ``chat``: from a spec,
+or from a folder that another trainer saved, to an adapter that answers."""
 
 import hashlib
 import json
@@ -36,8 +36,35 @@ def deploy(settings: Settings, ref: str) -> None:
     console.print(f"{adapter.name} is now {adapter.ref}, adapter {adapter.adapter_id.hex()}")
 
 
-def import_peft(settings: Settings, folder: Path, name: str, price_gwei_per_token: int) -> None:
-    """Publish an adapter that PEFT saved; this laptop's model owner owns it."""
+def publish_prefix(settings: Settings, ref: str, system_prompt: Path) -> None:
+    """Say in public how chats with an adapter begin, so that every tenant finds that part computed."""
+    prefix_id, num_tokens = _stored_prefix(settings, system_prompt)
+    with writing(connect(settings.database_url)) as session:
+        adapter = adapters.publish_prefix(session, ref, prefix_id)
+    console.print(f"{adapter.ref} begins with {num_tokens} public tokens, prefix {prefix_id.hex()}")
+
+
+def _stored_prefix(settings: Settings, system_prompt: Path) -> tuple[bytes, int]:
+    from cluster.models import base_model, load_tokenizer
+    from cluster.prefixes import store_prefix, system_prefix
+
+    try:
+        text = system_prompt.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Rejected("prefix_unreadable", f"{system_prompt}: {error}", field="prefix") from error
+    token_ids = system_prefix(load_tokenizer(base_model(settings).path), text)
+    storage = open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint)
+    return store_prefix(storage, token_ids), len(token_ids)
+
+
+def import_peft(
+    settings: Settings,
+    folder: Path,
+    name: str,
+    price_gwei_per_token: int,
+    system_prompt: Path | None = None,
+) -> None:
+    """Publish an adapter that PEFT saved, and how its chats begin; this laptop's model owner owns it."""
     from cluster.models import base_model, linear_shapes
     from cluster.peft_files import read_peft
 
@@ -46,6 +73,7 @@ def import_peft(settings: Settings, folder: Path, name: str, price_gwei_per_toke
     weights = read_peft(folder, base.base_id, linear_shapes(base.path))
     storage = open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint)
     adapter_id = adapters.store_adapter(storage, adapters.pack(weights))
+    prefix = None if system_prompt is None else _stored_prefix(settings, system_prompt)
     with writing(connect(settings.database_url)) as session:
         adapter = adapters.publish(
             session,
@@ -58,6 +86,8 @@ def import_peft(settings: Settings, folder: Path, name: str, price_gwei_per_toke
             price_gwei_per_token=price_gwei_per_token,
             now=int(time.time()),
         )
+        if prefix is not None:
+            adapters.publish_prefix(session, adapter.ref, prefix[0])
     console.print(f"{adapter.ref} is published, adapter {adapter_id.hex()}")
     console.print(
         "Trained elsewhere, it has no records: what it earns waits until an index says whose it is."

@@ -4,8 +4,9 @@
 ``post(mlp(norm(hidden)))``, one after the other or side by side; what a family does not have is ``None``."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,21 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Stored(Protocol):
+    """A weight that does not lie there as a tensor of the model's type."""
+
+    def dense(self) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Linear:
-    weight: Tensor  # [d_out, d_in]
+    stored: Tensor | Stored
     bias: Tensor | None
+
+    @property
+    def weight(self) -> Tensor:
+        """``[d_out, d_in]``; what is not stored so is made anew by every call."""
+        return self.stored if isinstance(self.stored, Tensor) else self.stored.dense()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +87,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One module of the library inside a projection. ``order`` are its rows as the projection has them;
-    ``None``: as they were."""
+    """One module of the library inside a projection. ``order`` are its rows as the projection has them, and
+    ``inputs`` those it takes; ``None``: as they were."""
 
     module: str  # its path in the block
     d_out: int
     order: Tensor | None = None
+    inputs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +133,7 @@ class Decoder:
         return self.embed.device
 
     def part_factors(self, factors: Mapping[str, Factors], layer: int, name: str) -> list[Factors | None]:
-        """An adapter's factors for the parts of one projection, rows of ``b`` in the projection's order."""
+        """An adapter's factors for the parts of one projection, as the projection has inputs and outputs."""
         named = named_parts(self.parts[name], self.layer_path.format(i=layer), factors)
         return [update for _, update in named]
 
@@ -128,16 +141,45 @@ class Decoder:
 def named_parts(
     parts: Sequence[Part], path: str, factors: Mapping[str, Factors]
 ) -> list[tuple[str, Factors | None]]:
-    """The modules of one projection in the block at ``path``, and an adapter's factors for them: rows of
-    ``b`` in the projection's order."""
+    """The modules of one projection in the block at ``path``, and an adapter's factors for them, as the
+    projection has inputs and outputs."""
     modules = [path + part.module for part in parts]
-    return [(m, _ordered(factors.get(m), part.order)) for m, part in zip(modules, parts, strict=True)]
+    return [(m, _ordered(factors.get(m), part)) for m, part in zip(modules, parts, strict=True)]
 
 
-def _ordered(factors: Factors | None, order: Tensor | None) -> Factors | None:
-    if factors is None or order is None:
+def _ordered(factors: Factors | None, part: Part) -> Factors | None:
+    if factors is None or (part.order is None and part.inputs is None):
         return factors
-    return Factors(factors.a, factors.b[order.to(factors.b.device)])
+    a, b = factors.a, factors.b
+    return Factors(
+        a if part.inputs is None else a[:, part.inputs.to(a.device)],
+        b if part.order is None else b[part.order.to(b.device)],
+    )
+
+
+def on_device(model: Decoder, device: torch.device) -> Decoder:
+    """The same decoder there. What two layers share they share afterwards, too."""
+    moved = _turned(model, lambda tensor: tensor.to(device), {})
+    assert isinstance(moved, Decoder)
+    return replace(moved, parts=model.parts)  # which adapters are cut by, in host memory
+
+
+def _turned(value: Any, turn: Callable[[Tensor], Tensor], known: dict[int, Any]) -> Any:
+    if id(value) in known:
+        return known[id(value)]
+    if isinstance(value, Tensor):
+        turned: Any = turn(value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        new = {field.name: _turned(getattr(value, field.name), turn, known) for field in fields(value)}
+        turned = replace(value, **new)
+    elif isinstance(value, tuple):
+        turned = tuple(_turned(each, turn, known) for each in value)
+    elif isinstance(value, Mapping):
+        turned = {key: _turned(each, turn, known) for key, each in value.items()}
+    else:
+        turned = value
+    known[id(value)] = turned
+    return turned
 
 
 def part_sizes(model: Decoder) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,7 @@ Ray, no HTTP, no money."""
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -73,6 +73,7 @@ class Engine:
         decode: Decode,
         constrain: Constrain,
         eos_ids: frozenset[int],
+        close_runner: Callable[[], object] = lambda: None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -81,6 +82,7 @@ class Engine:
         self._decode = decode
         self._constrain = constrain
         self._eos_ids = eos_ids
+        self._close_runner = close_runner
         self._inbox = _Inbox()
         self._answers: dict[bytes, _Answer] = {}
         self._leased: dict[bytes, None] = {}  # adapters, longest held first
@@ -167,6 +169,7 @@ class Engine:
 
     def close(self) -> None:
         self._adapters.close()
+        self._close_runner()
 
     def _take_in(self) -> Iterator[TokenEvent]:
         answers, cancelled, withdrawn = self._inbox.drain()

@@ -93,6 +93,16 @@ def root_key(tenant: str, adapter_id: bytes) -> bytes:
     return sha256(b"openledger/prefix/1" + adapter_id + tenant.encode())
 
 
+def public_root_key(adapter_id: bytes) -> bytes:
+    """The same for the blocks of a prefix that was published with the adapter: they are for everybody."""
+    return sha256(b"openledger/public-prefix/1" + adapter_id)
+
+
+def branch_key(parent: bytes, tenant: str) -> bytes:
+    """Where a tenant's own blocks go on from public ones."""
+    return sha256(b"openledger/prefix-branch/1" + parent + tenant.encode())
+
+
 def next_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The key of a full block: by the key of the block before it, every token up to its own end."""
     return sha256(parent + array("I", tokens).tobytes())

@@ -4,18 +4,19 @@ import ctypes
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 
 import torch
 
-from attribution.errors import Corrupted
+from attribution.errors import Corrupted, Rejected
 from attribution.hashing import sha256
 from cluster import adapters as adapter_files
-from cluster.models import BaseModel, linear_shapes, load_base, load_tokenizer
+from cluster.models import BaseModel, eos_ids, linear_shapes, load_base, load_tokenizer
 from cluster.storage import Storage
 from serve_apps.engine.adapter_cache import AdapterCache, CacheLimits, Loaded, yield_to_others
 from serve_apps.engine.blending import RecentBlends, blended
-from serve_apps.engine.decoder import Decoder, is_llama
+from serve_apps.engine.decoder import Decoder, is_llama, on_device
 from serve_apps.engine.engine import Engine
 from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.grammar import Grammars
@@ -24,8 +25,13 @@ from serve_apps.engine.model_runner import ModelRunner
 from serve_apps.engine.native.library import load_kernels
 from serve_apps.engine.native_runner import NativeRunner, runs
 from serve_apps.engine.one_by_one import OneByOne
+from serve_apps.engine.peers import ALONE, Peers
+from serve_apps.engine.quality import check_quality, fixed_sequences
+from serve_apps.engine.quantization import BITS, quantize_decoder
 from serve_apps.engine.runner import FittedAdapter, Runner
 from serve_apps.engine.scheduler import Limits, Scheduler
+from serve_apps.engine.sharding import shard
+from serve_apps.engine.tensor_parallel import TensorParallelRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,8 @@ class EngineConfig:
 
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
+    weights: str = "auto"  # as ``dtype`` says, or one of ``quantization.BITS``
+    num_ranks: int = 1  # devices that share the model; each has ``kv_bytes`` and its part of every adapter
     kv_bytes: int = 512 * 2**20
     block_size: int = 16
     limits: Limits = field(default_factory=Limits)
@@ -48,13 +56,10 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
 
     Raises:
         Refusal: an adapter that is to be pinned cannot be, or all of them leave no room for others.
+        Rejected: ``weights_quality`` or ``weights_unsupported``, of quantised weights; ``tensor_parallel``.
     """
-    model = load_base(base.path, config.dtype).to(config.device)
-    eos = model.generation_config.eos_token_id
-    decoder = fuse_decoder(model, config.limits.max_length)
-    del model
-    runner = _runner(decoder, config)
-    del decoder
+    runner, close_runner = _whole_runner(base, config)
+    eos = eos_ids(base.path)
     blends = RecentBlends()
     load = adapter_loader(
         storage, base.base_id, linear_shapes(base.path), runner.fit, blends, config.adapters.num_loaders
@@ -62,7 +67,6 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
     cache = AdapterCache(load, config.adapters)
     cache.pin(config.pinned)
     tokenizer = load_tokenizer(base.path)
-    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     engine = Engine(
         runner,
         Scheduler(
@@ -72,11 +76,54 @@ def build_engine(base: BaseModel, storage: Storage, config: EngineConfig) -> Eng
         cache,
         blends,
         decode=lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True),
-        constrain=Grammars(tokenizer, runner.shape.vocabulary, eos_ids).constraint,
-        eos_ids=frozenset(eos_ids),
+        constrain=Grammars(tokenizer, runner.shape.vocabulary, eos).constraint,
+        eos_ids=frozenset(eos),
+        close_runner=close_runner,
     )
     _return_free_memory()
     return engine
+
+
+def _whole_runner(base: BaseModel, config: EngineConfig) -> tuple[Runner, Callable[[], object]]:
+    """Who computes all of it, and what ends that."""
+    make = partial(rank_runner, base, config)
+    if config.num_ranks == 1:
+        return make(ALONE, torch.device(config.device)), lambda: None
+    spread = TensorParallelRunner(make, config.num_ranks, config.device)
+    return spread, spread.close
+
+
+def rank_runner(base: BaseModel, config: EngineConfig, peers: Peers, device: torch.device) -> Runner:
+    """Who computes on ``device``: everything, or one rank's part. A base that is to be cut or quantised is
+    never whole there."""
+    model = load_base(base.path, config.dtype)
+    if config.weights == "auto" and peers.num_ranks == 1:
+        model = model.to(device)
+    decoder = shard(fuse_decoder(model, config.limits.max_length), peers.rank, peers.num_ranks)
+    del model
+    if config.weights == "auto":
+        return _runner(on_device(decoder, device), config, peers)
+    return _runner(_quantized(decoder, base, config, peers, device), config, peers)
+
+
+def _quantized(
+    decoder: Decoder, base: BaseModel, config: EngineConfig, peers: Peers, device: torch.device
+) -> Decoder:
+    if device.type == "cpu" and _has_kernels(decoder, config, peers):
+        raise Rejected(
+            "weights_unsupported",
+            f"our kernels for CPUs do not compute {config.weights} weights; CUDA devices and torch do",
+            field="engine.weights",
+        )
+    small = quantize_decoder(decoder, BITS[config.weights], device)
+    check_quality(decoder, small, fixed_sequences(load_tokenizer(base.path)), peers)
+    return small
+
+
+def _has_kernels(decoder: Decoder, config: EngineConfig, peers: Peers) -> bool:
+    """Whether our kernels for CPUs run it; they know of no other ranks."""
+    is_ours = config.is_native and peers.num_ranks == 1 and runs(decoder, config.block_size)
+    return is_ours and load_kernels() is not None
 
 
 def _return_free_memory() -> None:
@@ -86,19 +133,19 @@ def _return_free_memory() -> None:
         libc.malloc_trim(0)
 
 
-def _runner(decoder: Decoder, config: EngineConfig) -> Runner:
+def _runner(decoder: Decoder, config: EngineConfig, peers: Peers) -> Runner:
     """The kernels of this processor or device where they compute this model, else torch."""
     if config.is_native and decoder.device.type == "cuda" and is_llama(decoder) and find_spec("triton"):
         from serve_apps.engine.cuda.runner import CudaRunner
 
         num_blocks = config.kv_bytes // CudaRunner.block_bytes(decoder, config.block_size)
-        on_device = CudaRunner(decoder, num_blocks, config.block_size, decoder.shape.max_length)
-        on_device.capture()
-        return on_device
-    kernels = load_kernels() if config.is_native and runs(decoder, config.block_size) else None
+        ours = CudaRunner(decoder, num_blocks, config.block_size, decoder.shape.max_length, peers)
+        ours.capture()
+        return ours
+    kernels = load_kernels() if _has_kernels(decoder, config, peers) else None
     if kernels is None:
         num_blocks = config.kv_bytes // ModelRunner.block_bytes(decoder, config.block_size)
-        plain = ModelRunner(decoder, num_blocks, config.block_size)
+        plain = ModelRunner(decoder, num_blocks, config.block_size, peers)
         return OneByOne(plain) if config.is_deterministic else plain
     num_blocks = config.kv_bytes // NativeRunner.block_bytes(decoder)
     return NativeRunner(decoder, num_blocks, kernels, torch.get_num_threads())

@@ -37,8 +37,10 @@ from serve_apps.engine.lora import (
     add_lora_stacked,
     fuse,
 )
+from serve_apps.engine.peers import ALONE, Peers
 from serve_apps.engine.runner import Outputs
 from serve_apps.engine.scheduler import Row, StepPlan
+from serve_apps.engine.sharding import TAKES_A_PART
 
 # Measured on two AVX-512 cores: below four adapters a loop of small products beats the batched one, beyond
 # sixteen the padded copies of the factors outgrow the cache.
@@ -63,11 +65,13 @@ class _Step:
 
 @dataclass(slots=True, eq=False)
 class ModelRunner:
-    """Holds the weights and the cache tensors. One thread at a time may call it."""
+    """Holds the weights and the cache tensors. One thread at a time may call it. With ``peers``, ``model`` is
+    this rank's part of one."""
 
     model: Decoder
     num_blocks: int
     block_size: int
+    peers: Peers = ALONE
     _keys: Tensor = field(init=False)  # [layers, kv_heads, num_blocks, block_size, head_dim]
     _values: Tensor = field(init=False)
     _rotary: Mapping[Attention, tuple[Tensor, Tensor] | None] = field(init=False)
@@ -160,7 +164,7 @@ class ModelRunner:
         return self._project(activate(self._project(x, index, "up", step)), index, "down", step)
 
     def _head(self, last: Tensor) -> Tensor:
-        logits = F.linear(last, self.model.head)
+        logits = self.peers.side_by_side(F.linear(last, self.model.head), self.shape.vocabulary)
         cap = self.model.head_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -170,6 +174,8 @@ class ModelRunner:
         if step.stacked is not None:
             add_lora_stacked(out, x, step.stacked, layer, name)
         add_lora_segments(out, x, step.segments, layer, name)
+        if name in TAKES_A_PART:
+            self.peers.add_up(out)
         return out
 
     def _attend(self, x: Tensor, index: int, step: _Step) -> Tensor:

@@ -9,7 +9,7 @@ it. So a request that is next in turn, and for which there is room, waits for th
 
 What a block holds is published as soon as a step fills it, so that a request that begins like an earlier one
 of its tenant and adapter, even one of the same step, or comes back after a preemption, computes only the
-rest."""
+rest; what was published with the adapter is found by every tenant."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from attribution.errors import Rejected, Unavailable
 from attribution.types import ZERO_ID
 from serve_apps.engine.fair_queue import INPUT_COST, OUTPUT_COST, FairQueue
-from serve_apps.engine.kv_cache import BlockPool, next_key, root_key
+from serve_apps.engine.kv_cache import BlockPool, branch_key, next_key, public_root_key, root_key
 from serve_apps.engine.types import EngineRequest
 
 PLACES_PER_PLACE_LEFT = 4  # that one tenant may take in the queue
@@ -287,8 +287,16 @@ class Scheduler:
 
     def _keys(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
         keys, size, request = sequence.keys, self.pool.block_size, sequence.request
+        num_public = request.num_public // size  # blocks that lie wholly in what is public
         for index in range(len(keys), num_blocks):
-            parent = keys[-1] if keys else root_key(request.tenant, request.adapter_id)
+            if index == 0 and num_public:
+                parent = public_root_key(request.adapter_id)
+            elif index == 0:
+                parent = root_key(request.tenant, request.adapter_id)
+            elif index == num_public:
+                parent = branch_key(keys[-1], request.tenant)
+            else:
+                parent = keys[-1]
             keys.append(next_key(parent, sequence.tokens[index * size : (index + 1) * size]))
         return keys[:num_blocks]
 

@@ -100,6 +100,9 @@ class EngineRequest:
     Of a ``blend``, ``adapter_id`` is the id: all that the engine keys by an adapter it keys by that, and only
     whoever loads it looks at the parts.
 
+    The first ``num_public`` tokens of the prompt are those of a prefix that was published with the adapter:
+    what is computed of them may be found by every tenant.
+
     An embedding is answered at the prompt's last token: no token, and as text the ``embedding`` of the
     hidden state there."""
 
@@ -111,9 +114,11 @@ class EngineRequest:
     adapter_id: bytes = ZERO_ID  # zero is the base model
     is_embedding: bool = False
     blend: Blend | None = None
+    num_public: int = 0
 
     def __post_init__(self) -> None:
         assert self.blend is None or self.adapter_id == self.blend.blend_id
+        assert 0 <= self.num_public <= len(self.prompt_ids)
 
     @property
     def max_length(self) -> int:

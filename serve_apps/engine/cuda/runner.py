@@ -1,4 +1,5 @@
-"""The forward pass on a CUDA device: projections by cuBLAS, all else by the kernels of this folder.
+"""The forward pass on a CUDA device: projections by cuBLAS or, of quantised weights, by ``weights.py``; all
+else by the kernels of this folder.
 
 ``ModelRunner`` is the oracle and runs what this does not. A step of single tokens is padded to the next of a
 few sizes of rows and of LoRA tiles and replayed as a CUDA graph; a step with chunks of prompts is launched as
@@ -21,9 +22,12 @@ from serve_apps.engine.cuda.graphs import CapturedStep, host_numbers, memory_poo
 from serve_apps.engine.cuda.layers import add_and_norm, gate, rotate_and_store
 from serve_apps.engine.cuda.lora import DeviceAdapter, Layout, add_lora_tiles
 from serve_apps.engine.cuda.step import Numbers, Sizes, Step
+from serve_apps.engine.cuda.weights import project
 from serve_apps.engine.decoder import Decoder, Shape, is_llama, part_sizes
+from serve_apps.engine.peers import ALONE, Peers
 from serve_apps.engine.runner import Outputs
 from serve_apps.engine.scheduler import StepPlan
+from serve_apps.engine.sharding import TAKES_A_PART
 
 DECODE_SIZES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -32,9 +36,18 @@ class CudaRunner:
     """Holds the weights and the cache. One thread at a time may call ``run``; ``fit`` may be called from
     others meanwhile."""
 
-    def __init__(self, model: Decoder, num_blocks: int, block_size: int, max_length: int) -> None:
-        """``max_length``: no sequence will have more tokens."""
+    def __init__(
+        self, model: Decoder, num_blocks: int, block_size: int, max_length: int, peers: Peers = ALONE
+    ) -> None:
+        """
+        Args:
+            max_length: no sequence will have more tokens.
+            peers: who has the rest of a model of which ``model`` is a part. Steps are not captured then:
+                nobody has tried how a graph ends whose collective never does.
+        """
         assert is_llama(model)
+        self._peers = peers
+        self._is_captured = peers.num_ranks == 1
         shape = model.shape
         self._model = model
         self.num_blocks = num_blocks
@@ -69,7 +82,7 @@ class CudaRunner:
     def capture(self) -> None:
         """Make every step of single tokens ready, so that no request waits for it: seconds, before the
         first."""
-        for num_rows in DECODE_SIZES:
+        for num_rows in DECODE_SIZES if self._is_captured else ():
             for num_tiles in (0, *(size for size in DECODE_SIZES if size <= num_rows)):
                 self._decoding(num_rows, num_tiles)
 
@@ -96,7 +109,8 @@ class CudaRunner:
         shape, device = self.shape, self._model.device
         tile_tokens = tokens_per_tile(shape.num_heads, shape.num_kv_heads)
         numbers = Numbers.of(plan, adapters, tile_tokens, self._block_size)
-        if plan.num_single < len(plan.rows) or len(plan.rows) > DECODE_SIZES[-1]:
+        is_decoding = plan.num_single == len(plan.rows) <= DECODE_SIZES[-1]
+        if not (is_decoding and self._is_captured):
             sizes = numbers.sizes
             flat = host_numbers(numbers, sizes, device).to(device, non_blocking=True)
             return self._forward(Step.of(flat, sizes, self._block_size))
@@ -121,12 +135,15 @@ class CudaRunner:
             x = add_and_norm(hidden, update, layer.mlp_norm)
             update = self._project(gate(self._project(x, index, "gate_up", step)), index, "down", step)
         last = add_and_norm(hidden, update, model.final_norm)[step.sampled]
-        return Outputs.of(last, F.linear(last, model.head).float())
+        logits = self._peers.side_by_side(F.linear(last, model.head), self.shape.vocabulary)
+        return Outputs.of(last, logits.float())
 
     def _project(self, x: Tensor, layer: int, name: str, step: Step) -> Tensor:
         linear = self._model.layers[layer].projections[name]
-        out = F.linear(x, linear.weight, linear.bias)
+        out = project(x, linear)
         add_lora_tiles(out, x, step.lora, self._layout.entry(layer, name), self._sizes[name])
+        if name in TAKES_A_PART:
+            self._peers.add_up(out)
         return out
 
     def _attend(self, x: Tensor, layer: int, step: Step) -> Tensor:

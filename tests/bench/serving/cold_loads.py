@@ -27,7 +27,7 @@ from serve_apps.engine.loading import EngineConfig, build_engine
 from serve_apps.engine.scheduler import Limits
 from serve_apps.engine.types import EngineRequest, SamplingParams
 from tests import toy_models
-from tests.bench.serving.engine_speed import goal
+from tests.bench.serving.report import Goal
 
 RANK, PROMPT_TOKENS, STEPS_PER_LOAD = 16, 128, 12
 
@@ -91,17 +91,18 @@ def main() -> None:
         calm, loading = gaps_ms(engine, options.streams, cold_later)
         assert engine.load().num_adapters == len(ids)
         engine.close()
+    extra_ms = statistics.median(one - two for one, two in first)
     found = {
-        "cold_extra_ms": round(statistics.median(one - two for one, two in first), 1),
+        "cold_extra_ms": round(extra_ms, 1),
         "warm_first_token_ms": round(statistics.median(two for _, two in first), 1),
         "gap_ms": {name: summary(gaps) for name, gaps in (("calm", calm), ("loading", loading))},
         "conditions": {"cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 1)},
     }
     options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
-    goal("cold_extra_ms", found["cold_extra_ms"], 10, at_most=True)  # type: ignore[arg-type]
+    print(Goal("cold_extra_ms", extra_ms, 10, is_at_most=True))
     step = statistics.median(calm)
-    goal("steps_a_gap_grows_by", (max(loading) - max(calm)) / step, 1, at_most=True)
+    print(Goal("steps_a_gap_grows_by", (max(loading) - max(calm)) / step, 1, is_at_most=True))
 
 
 def summary(gaps: list[float]) -> dict[str, float]:

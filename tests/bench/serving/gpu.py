@@ -2,21 +2,21 @@
 
     python -m tests.bench.serving.gpu --out tests/bench/serving/gpu.json
 
-W1: 64 requests, sent at once, of 128 prompt tokens and 64 new ones, over 16 adapters of ranks 8 and 16 whose
-popularity falls as 1/n. W2: the same without adapters. Medians over ``--repeat`` runs of each, in turn.
+W1 and W2 of ``workloads.py`` in turn, medians over ``--repeat`` runs of each.
 Beside them PEFT: the same W1 as one batch of transformers' ``generate`` with an adapter name for each row.
 
 The decode roofline: a step of all rows reads every weight once (of the embedding a row per token), the keys
 and values of every row at the middle of its answer and every adapter once, at the rate at which this device
 copies memory, measured in this run; nothing else is counted. Compared with the median step of single tokens
 of W1. Prints the device, one JSON object and lines ``goal NAME VALUE TARGET met|short``. A few minutes, 60
-GB on the device; ``--layers`` takes less of the model where there is less."""
+GB on the device; ``--layers`` takes less of the model where there is less, ``--weights`` stores it in 8 or 4
+bits (of random weights, so nothing is said of quality)."""
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attribution.hashing import sha256
-from attribution.types import ZERO_ID
 from cluster.adapters import Factors
 from serve_apps.engine.adapter_cache import AdapterCache, CacheLimits, Loaded
 from serve_apps.engine.blending import RecentBlends
@@ -34,23 +33,25 @@ from serve_apps.engine.decoder import Decoder
 from serve_apps.engine.engine import Engine
 from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.kv_cache import BlockPool
+from serve_apps.engine.quantization import BITS, Quantized, quantize_decoder
 from serve_apps.engine.runner import FittedAdapter
 from serve_apps.engine.scheduler import Limits, Scheduler
-from tests.bench.serving.engine_speed import RANKS, Workload, goal, median, medians, popular, run
+from tests.bench.serving.engine_speed import run
+from tests.bench.serving.report import Goal
+from tests.bench.serving.workloads import RANKS, W1, W2, Run, asks, row_of
 
 TARGET_OF_ROOFLINE = 0.60
 TARGET_W1_OVER_W2 = 0.90
 TARGET_OVER_PEFT = 3.0
 BLOCK = 16
-NUM_ADAPTERS = 16
-WORK = Workload(num_requests=64, prompt_tokens=128, shared_prefix=0, max_tokens=64)
-LIMITS = Limits(max_batch_tokens=2048, max_running=WORK.num_requests, reuses_prefixes=False)
+LIMITS = Limits(max_batch_tokens=2048, max_running=W1.num_requests, reuses_prefixes=False)
 PEFT_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--weights", choices=["auto", *BITS], default="auto")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -59,47 +60,49 @@ def main() -> None:
     model = random_llama(given.layers)
     peft_rate = peft_tokens_per_s(model)
     decoder = fuse_decoder(model)
+    if given.weights != "auto":
+        decoder = quantize_decoder(decoder, BITS[given.weights], decoder.device)
     del model
     torch.cuda.empty_cache()
-    num_blocks = 1 + WORK.num_requests * -(-(WORK.prompt_tokens + WORK.max_tokens) // BLOCK)
+    num_blocks = 1 + W1.num_requests * -(-(W1.prompt_tokens + W1.max_tokens) // BLOCK)
     runner = CudaRunner(decoder, num_blocks, BLOCK, LIMITS.max_length)
     started = time.perf_counter()
     runner.capture()
     capture_s = time.perf_counter() - started
-    adapters = {sha256(bytes([i])): random_factors(decoder, RANKS[i % 2], i) for i in range(NUM_ADAPTERS)}
+    adapters = {sha256(bytes([i])): random_factors(decoder, RANKS[i % 2], i) for i in range(W1.num_adapters)}
     engine = engine_of(runner, adapters)
     ids = list(adapters)
-    run(engine, Workload(NUM_ADAPTERS, 8, 0, 2), ids, seed=-1)  # loads the adapters
-    w1, w2 = [], []
-    for seed in range(given.repeat):
-        w1.append(run(engine, WORK, popular(ids, WORK.num_requests), 2 * seed))
-        w2.append(run(engine, WORK, [ZERO_ID] * WORK.num_requests, 2 * seed + 1))
+    run(engine, ids, replace(W1, prompt_tokens=8, max_tokens=2), turn=-1)  # loads the adapters
+    runs: dict[str, list[Run]] = {"w1": [], "w2": []}
+    for turn in range(given.repeat):
+        runs["w1"].append(run(engine, ids, W1, turn))
+        runs["w2"].append(run(engine, ids, W2, turn))
     engine.close()
+    w1, w2 = row_of(runs["w1"], W1), row_of(runs["w2"], W2)
     lora_bytes = sum(f.a.nbytes + f.b.nbytes for factors in adapters.values() for f in factors.values())
     read = copy_rate()
     best_s = step_bytes(decoder, lora_bytes) / read
-    step_s = median(w1, "next_token_p50_ms") / 1e3
+    step_s = w1["gap_p50_ms"] / 1e3
     result = {
         "device": device,
-        "w1": medians(w1),
-        "w2": medians(w2),
+        "w1": w1,
+        "w2": w2,
         "peft_tokens_per_s": round(peft_rate, 1),
         "decode_step_ms": round(1e3 * step_s, 3),
         "decode_roofline_ms": round(1e3 * best_s, 3),
         "copy_gb_per_s": round(read / 1e9, 1),
         "capture_s": round(capture_s, 1),
         "layers": given.layers,
-        "adapters": NUM_ADAPTERS,
+        "weights": given.weights,
         "ranks": RANKS,
         "torch": torch.__version__,
     }
     print(json.dumps(result))
     if given.out:
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    w1_rate = median(w1, "tokens_per_s")
-    goal("gpu_decode_of_roofline", best_s / step_s, TARGET_OF_ROOFLINE)
-    goal("gpu_w1_over_w2", w1_rate / median(w2, "tokens_per_s"), TARGET_W1_OVER_W2)
-    goal("gpu_w1_over_peft", w1_rate / peft_rate, TARGET_OVER_PEFT)
+    print(Goal("gpu_decode_of_roofline", best_s / step_s, TARGET_OF_ROOFLINE))
+    print(Goal("gpu_w1_over_w2", w1["tokens_per_s"] / w2["tokens_per_s"], TARGET_W1_OVER_W2))
+    print(Goal("gpu_w1_over_peft", w1["tokens_per_s"] / peft_rate, TARGET_OVER_PEFT))
 
 
 def random_llama(num_layers: int) -> LlamaForCausalLM:
@@ -167,10 +170,11 @@ def engine_of(runner: CudaRunner, adapters: dict[bytes, dict[str, Factors]]) -> 
 
 def step_bytes(decoder: Decoder, lora_bytes: int) -> float:
     """What a decode step of W1 must read."""
-    weights = sum(linear.weight.nbytes for layer in decoder.layers for linear in layer.projections.values())
-    shape, past = decoder.shape, WORK.prompt_tokens + WORK.max_tokens / 2
+    stored = [linear.stored for layer in decoder.layers for linear in layer.projections.values()]
+    weights = sum(each.num_bytes if isinstance(each, Quantized) else each.nbytes for each in stored)
+    shape, past = decoder.shape, W1.prompt_tokens + W1.max_tokens / 2
     per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * decoder.dtype.itemsize
-    return weights + decoder.head.nbytes + WORK.num_requests * past * per_token + lora_bytes
+    return weights + decoder.head.nbytes + W1.num_requests * past * per_token + lora_bytes
 
 
 def copy_rate() -> float:
@@ -190,24 +194,20 @@ def seconds(call: Callable[[], object]) -> float:
 
 def peft_tokens_per_s(model: LlamaForCausalLM) -> float:
     """W1 as one batch; the second of two runs. The adapters are taken off again."""
-    names = [f"adapter{i}" for i in range(NUM_ADAPTERS)]
+    names = [f"adapter{i}" for i in range(W1.num_adapters)]
     configs = [
         LoraConfig(
             r=RANKS[i % 2], lora_alpha=RANKS[i % 2], target_modules=PEFT_MODULES, init_lora_weights=False
         )
-        for i in range(NUM_ADAPTERS)
+        for i in range(W1.num_adapters)
     ]
     peft: PeftModel = get_peft_model(model, configs[0], adapter_name=names[0])
     for name, config in zip(names[1:], configs[1:], strict=True):
         peft.add_adapter(name, config)
     peft.eval()
-    draw = random.Random(0)
-    prompts = torch.tensor(
-        [[draw.randrange(1000, 40000) for _ in range(WORK.prompt_tokens)] for _ in range(WORK.num_requests)],
-        device="cuda",
-    )
-    numbers = popular([bytes([i]) for i in range(NUM_ADAPTERS)], len(prompts))
-    rows = [names[number[0]] for number in numbers]
+    asked = asks(W1, 0)
+    prompts = torch.tensor([ask.prompt for ask in asked], device="cuda")
+    rows = [names[ask.adapter] for ask in asked if ask.adapter is not None]
 
     def generate() -> None:
         peft.generate(
@@ -215,15 +215,15 @@ def peft_tokens_per_s(model: LlamaForCausalLM) -> float:
             attention_mask=torch.ones_like(prompts),
             adapter_names=rows,
             do_sample=False,
-            min_new_tokens=WORK.max_tokens,
-            max_new_tokens=WORK.max_tokens,
+            min_new_tokens=W1.max_tokens,
+            max_new_tokens=W1.max_tokens,
             pad_token_id=0,
         )
 
     generate()  # warms up
     took = seconds(generate)
     peft.unload()
-    return WORK.num_requests * WORK.max_tokens / took
+    return W1.num_requests * W1.max_tokens / took
 
 
 if __name__ == "__main__":

@@ -20,14 +20,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from cluster.adapters import MAX_RANK
-from serve_apps.engine.cuda import attention, layers, lora
+from serve_apps.engine.cuda import attention, layers, lora, weights
 from serve_apps.engine.cuda.launch import ROWS
+from serve_apps.engine.quantization import GROUP
 
 HOPPER = GPUTarget("cuda", 90, 32)
 ROOT = Path(__file__).parents[3]
-NUMBERS = ("entry", "num_tokens", "num_splits", "num_blocks", "table_width", "query_stride", "cache_rows")
+NUMBERS = (
+    "entry",
+    "num_tokens",
+    "num_splits",
+    "num_blocks",
+    "table_width",
+    "query_stride",
+    "cache_rows",
+    "steps",
+)
 INTEGERS = ("firsts", "counts", "addresses", "starts", "table_rows", "tables", "positions", "slots")
-SUMS = ("y", "parts", "sums")  # fp32; whatever else is an argument is bf16
+SUMS = ("y", "parts", "sums", "scales")  # fp32; whatever else is an argument is bf16
 SHARED = {"ROWS": ROWS, "OPERAND": tl.bfloat16}
 OF_LORA = {**SHARED, "RANKS": lora.RANKS, "MOST": 3 * MAX_RANK, "ALIGNED": lora.ALIGNED}
 SHRINK = {**OF_LORA, "D_IN": 4096, "SPLIT": lora.SPLIT, "STEP": lora.STEP}
@@ -39,23 +49,43 @@ EXPAND = {
     "HEAD": lora.HEAD,
     "PART": lora.PART,
 }
+OF_WEIGHTS = {
+    "OPERAND": tl.bfloat16,
+    "D_IN": 4096,
+    "D_OUT": 6144,
+    "ADDS": False,
+    "GROUP": GROUP,
+    "COLUMNS": weights.COLUMNS,
+}
 OF_ATTENTION = {"HEADS": 32, "DIM": 128, "WIDTH": 128, "SPLIT": attention.SPLIT}
-LLAMA_8B: list[tuple[Any, dict[str, Any], int]] = [  # kernel, constants, warps
-    (lora.shrink, SHRINK, 4),
-    (lora.expand, EXPAND, 4),
+LLAMA_8B: list[tuple[Any, dict[str, Any], dict[str, int]]] = [  # kernel, constants, options
+    (lora.shrink, SHRINK, {}),
+    (lora.expand, EXPAND, {}),
     (
         attention.attend_split,
         {**SHARED, **OF_ATTENTION, "GROUP": 4, "BLOCK": 16, "KEYS": attention.KEYS},
-        4,
+        {},
     ),
-    (attention.merge_splits, {**OF_ATTENTION, "ROWS": 32}, 8),
-    (layers.add_and_norm_row, {"ADDS": True, "WIDTH": 4096, "COLUMNS": 4096}, 4),
-    (layers.rotate_and_store_token, {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "ROWS": 64, "COLUMNS": 64}, 4),
-    (layers.gate_row, {"WIDTH": 14336, "COLUMNS": layers.COLUMNS}, 4),
+    (attention.merge_splits, {**OF_ATTENTION, "ROWS": 32}, {"num_warps": 8}),
+    (layers.add_and_norm_row, {"ADDS": True, "WIDTH": 4096, "COLUMNS": 4096}, {}),
+    (layers.rotate_and_store_token, {"HEADS": 32, "KV_HEADS": 8, "HALF": 64, "ROWS": 64, "COLUMNS": 64}, {}),
+    (layers.gate_row, {"WIDTH": 14336, "COLUMNS": layers.COLUMNS}, {}),
+    (weights.sum_parts, {"D_OUT": 4096, "ADDS": True, "COLUMNS": 4 * weights.COLUMNS}, {}),
+    *(
+        (
+            weights.multiply_tile,
+            {**OF_WEIGHTS, "ROWS": rows, "IS_FOUR_BIT": is_four_bit},
+            weights.options(rows),
+        )
+        for rows in (ROWS, 2 * ROWS, weights.MOST_ROWS)
+        for is_four_bit in (False, True)
+    ),
 ]
 
 
-def type_of(name: str) -> str:
+def type_of(name: str, constants: dict[str, Any]) -> str:
+    if name == "integers":
+        return "*u8" if constants["IS_FOUR_BIT"] else "*i8"
     if name in NUMBERS:
         return "i32"
     if name in INTEGERS:
@@ -66,12 +96,12 @@ def type_of(name: str) -> str:
 def compiled() -> Iterator[dict[str, Any]]:
     """Each kernel at the shapes of an 8B Llama: what it takes of a multiprocessor, and how it multiplies."""
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    for kernel, constants, num_warps in LLAMA_8B:
+    for kernel, constants, options in LLAMA_8B:
         names = kernel.arg_names
-        signature = {name: "constexpr" if name in constants else type_of(name) for name in names}
+        signature = {name: "constexpr" if name in constants else type_of(name, constants) for name in names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
         source = ASTSource(kernel, signature, constants, aligned)
-        built = triton.compile(source, target=HOPPER, options={"num_warps": num_warps})
+        built = triton.compile(source, target=HOPPER, options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(built.asm["cubin"])
             file.flush()
@@ -103,14 +133,15 @@ def test_the_kernels_compile_for_an_h100(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    kernels = {found["kernel"]: found for found in json.loads(done.stdout)}
+    kernels = json.loads(done.stdout)
     assert len(kernels) == len(LLAMA_8B)
-    for found in kernels.values():
+    for found in kernels:
         assert found["spilled_bytes"] == 0 and found["shared_bytes"] <= 227 * 1024 // 4, found
-    assert {name for name, found in kernels.items() if found["uses_tensor_cores"]} == {
+    assert {found["kernel"] for found in kernels if found["uses_tensor_cores"]} == {
         "shrink",
         "expand",
         "attend_split",
+        "multiply_tile",
     }
 
 

@@ -18,6 +18,7 @@ from serve_apps.engine.decoder import Decoder
 from serve_apps.engine.families import fuse_decoder
 from serve_apps.engine.kv_cache import BlockPool
 from serve_apps.engine.model_runner import ModelRunner
+from serve_apps.engine.quantization import BITS, quantize_decoder
 from serve_apps.engine.scheduler import Limits, Scheduler, StepPlan
 from serve_apps.engine.types import EngineRequest
 from tests.serve_apps.conftest import Toys, request, run
@@ -71,9 +72,12 @@ def compare(
     num_blocks: int,
     prompts: list[tuple[int, int]],
     max_tokens: int,
+    weights: str = "auto",
 ) -> set[str]:
     """Both runners through one schedule; the kinds of steps that there were."""
     model = decoder(toys, device, dtype)
+    if weights != "auto":
+        model = quantize_decoder(model, BITS[weights], model.device)
     ours = CudaRunner(model, num_blocks, BLOCK, limits.max_length)
     plain = ModelRunner(model, num_blocks, BLOCK)
     runners = [
@@ -112,6 +116,13 @@ def test_mixed_batches_have_the_logits_of_torch(toys: Toys, device: str, dtype: 
     prompts = [(0, 5), (1, 18), (6, 3)]
     kinds = compare(toys, device, dtype, Limits(max_batch_tokens=30, max_length=64), 40, prompts, 2)
     assert {"prompt", "decode", "captured"} <= kinds
+
+
+@pytest.mark.parametrize("weights", BITS)
+def test_quantised_weights_have_the_logits_of_torch(toys: Toys, device: str, weights: str) -> None:
+    """Dequantised in tiles here and as a whole there; adapters on top."""
+    limits, prompts = Limits(max_batch_tokens=30, max_length=64), [(0, 5), (1, 18), (6, 3)]
+    compare(toys, device, torch.float32, limits, 40, prompts, 2, weights)
 
 
 def test_chunks_and_preemption_have_the_logits_of_torch(toys: Toys, device: str) -> None:

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -285,3 +286,53 @@ def test_without_reuse_everything_is_computed() -> None:
     for number in range(3):
         assert finish(s, with_tokens(number, list(range(18))))[0] == 18
     assert s.num_reused == 0
+
+
+PUBLIC = list(range(500, 510))  # two blocks and a half
+
+
+def asked(number: int, tenant: str, rest: list[int], num_public: int = 10) -> EngineRequest:
+    each = with_tokens(number, [*PUBLIC, *rest], tenant=tenant, adapter_id=ADAPTER)
+    return replace(each, num_public=num_public)
+
+
+def test_what_was_published_with_an_adapter_is_computed_once_for_all_tenants() -> None:
+    """Whole blocks of it, and nothing behind them, though both say the same there; a tenant itself finds
+    all."""
+    s, rest = scheduler(max_batch_tokens=64), list(range(20))
+    assert finish(s, asked(1, "one", rest))[0] == 30
+    assert finish(s, asked(2, "two", rest))[0] == 22
+    assert s.num_reused == 8
+    assert finish(s, asked(3, "two", rest))[0] == 2
+    assert s.num_reused == 8 + 28
+
+
+def test_without_a_publication_or_with_less_of_it_less_is_shared() -> None:
+    s, rest = scheduler(max_batch_tokens=64), list(range(20))
+    finish(s, asked(1, "one", rest))
+    assert finish(s, asked(2, "two", rest, num_public=0))[0] == 30
+    assert finish(s, asked(3, "three", rest, num_public=7))[0] == 26
+    other = replace(asked(4, "four", rest), adapter_id=b"\x02" * 32)
+    assert finish(s, other)[0] == 30
+
+
+@pytest.mark.parametrize(("place", "num_found"), [(0, 0), (3, 0), (4, 4), (7, 4), (8, 8)])
+def test_one_token_that_differs_ends_what_is_public(place: int, num_found: int) -> None:
+    """The prompt is public up to there, and only the equal blocks before it are found."""
+    s, rest = scheduler(max_batch_tokens=64), list(range(20))
+    finish(s, asked(1, "one", rest))
+    tokens = [*PUBLIC, *rest]
+    tokens[place] = 999
+    changed = with_tokens(2, tokens, tenant="two", adapter_id=ADAPTER)
+    finish(s, replace(changed, num_public=place))
+    assert s.num_reused == num_found
+
+
+def test_a_continuation_of_public_blocks_is_nobody_elses() -> None:
+    """Neither by who claims less to be public, nor by who has nothing but the prefix."""
+    s = scheduler(max_batch_tokens=64)
+    finish(s, asked(1, "one", list(range(20))))
+    for number, num_public in enumerate((8, 9, 10, 4, 0), start=2):
+        before = s.num_reused
+        finish(s, asked(number, f"tenant {number}", list(range(20)), num_public))
+        assert s.num_reused - before == num_public // 4 * 4
