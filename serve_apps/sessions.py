@@ -2,7 +2,7 @@
 
 The money follows the answer on a task of its own, which no disconnecting client can interrupt: a client that
 leaves pays for the tokens that were sent, one whose worker dies pays nothing, and a gateway that dies leaves
-a reservation whose lease ends. Transactions run in threads and never span an await."""
+a reservation whose lease ends. Transactions run on a thread, grouped, and never span an await."""
 
 import asyncio
 import contextlib
@@ -17,13 +17,15 @@ from functools import partial
 from typing import TypeVar
 
 from sqlalchemy import Engine
+from sqlalchemy.orm import Session
 
 from attribution.commitment import answer_commitment, answer_sha256
 from attribution.errors import Refusal, Rejected, Unavailable
 from attribution.types import Receipt
 from cluster import charges, receipts
 from cluster.charges import Charge, ReceiptDraft, SealedTranscript
-from cluster.database import reading, writing
+from cluster.database import reading
+from cluster.group_commit import GroupCommit
 from cluster.transcripts import Transcript, open_sealed, seal
 from serve_apps.answers import Choice, Order, Piece, Settled, gather
 from serve_apps.worker_pool import WorkerPool
@@ -112,6 +114,7 @@ class Sessions:
 
     def __init__(self, database: Engine, pool: WorkerPool, terms: Terms) -> None:
         self._database = database
+        self._writer = GroupCommit(database)
         self._pool = pool
         self._terms = terms
         self._tasks: set[asyncio.Task[None]] = set()
@@ -127,7 +130,7 @@ class Sessions:
             Rejected: 402 without credit, 422 for a key used with another body, 409 while the first request
                 with this key is still running.
         """
-        charge = await asyncio.to_thread(self._reserve, order)
+        charge = await self._write(partial(self._reserve, order))
         if not charge.is_new and charge.state == "reserved":
             raise Rejected(
                 "request_in_progress",
@@ -169,6 +172,7 @@ class Sessions:
     async def close(self) -> None:
         """Wait for the settlements under way."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._writer.close)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -215,7 +219,7 @@ class Sessions:
     async def _renew(self, run: _Run) -> None:
         while True:
             await asyncio.sleep(self._terms.lease_s / 3)
-            await asyncio.to_thread(self._write_renewal, run.charge.request_id)
+            await self._write(partial(self._renewal, run.charge.request_id))
 
     async def _settle(self, run: _Run, failure: BaseException | None) -> "_Last":
         """Capture a finished answer, or what was sent of an abandoned one; release all else."""
@@ -239,13 +243,16 @@ class Sessions:
         choices = gather(pieces, finish_reasons)
         return _Last(settled=await self._retry(partial(self._capture, run.order, run.charge, choices)))
 
-    async def _retry(self, work: Callable[[], T]) -> T:
+    async def _write(self, change: Callable[[Session], T]) -> T:
+        return await asyncio.wrap_future(self._writer.submit(change))
+
+    async def _retry(self, change: Callable[[Session], T]) -> T:
         """Settlement survives a busy or restarting database for as long as the lease does; every step is
         idempotent."""
         deadline = self._terms.clock() + self._terms.lease_s * 2 / 3
         while True:
             try:
-                return await asyncio.to_thread(work)
+                return await self._write(change)
             except Unavailable:
                 if self._terms.clock() > deadline:
                     raise
@@ -254,31 +261,29 @@ class Sessions:
     def _now(self) -> int:
         return int(self._terms.clock())
 
-    def _reserve(self, order: Order) -> Charge:
-        with writing(self._database) as session:
-            return charges.reserve(
-                session,
-                order.account.account_id,
-                secrets.token_bytes(32),
-                order.max_gwei,
-                order.idempotency_key,
-                order.request_sha256,
-                self._terms.lease_s,
-                self._now(),
-            )
+    def _reserve(self, order: Order, session: Session) -> Charge:
+        return charges.reserve(
+            session,
+            order.account.account_id,
+            secrets.token_bytes(32),
+            order.max_gwei,
+            order.idempotency_key,
+            order.request_sha256,
+            self._terms.lease_s,
+            self._now(),
+        )
 
-    def _write_renewal(self, request_id: bytes) -> None:
-        with writing(self._database) as session:
-            charges.renew(session, request_id, self._terms.lease_s, self._now())
+    def _renewal(self, request_id: bytes, session: Session) -> None:
+        charges.renew(session, request_id, self._terms.lease_s, self._now())
 
-    def _release(self, request_id: bytes) -> None:
-        with writing(self._database) as session:
-            charges.release(session, request_id, self._now())
+    def _release(self, request_id: bytes, session: Session) -> None:
+        charges.release(session, request_id, self._now())
 
-    def _capture(self, order: Order, charge: Charge, choices: tuple[Choice, ...]) -> Settled:
+    def _capture(
+        self, order: Order, charge: Charge, choices: tuple[Choice, ...], session: Session
+    ) -> Settled:
         kept, draft = self._draft(order, charge.request_id, choices)
-        with writing(self._database) as session:
-            receipt = charges.capture(session, charge.request_id, draft, self._now())
+        receipt = charges.capture(session, charge.request_id, draft, self._now())
         return kept.settled(receipt, choices)
 
     def _draft(

