@@ -39,6 +39,11 @@ class Outstanding:
         return sum(due.fee_gwei for due in self.dues)
 
     @property
+    def oldest_s(self) -> int:
+        """When the oldest of its answers was given, in seconds since 1970, to the hour."""
+        return 3600 * min(due.receipt.hour for due in self.dues)
+
+    @property
     def num_payers(self) -> int:
         return len({due.receipt.payer for due in self.dues})
 

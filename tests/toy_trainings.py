@@ -10,7 +10,7 @@ from attribution.types import Manifest
 from cluster.models import base_id, load_base, load_tokenizer
 from cluster.storage import Storage
 from pipelines.course import ChatAsker, Course, plan_of, recorded_course
-from pipelines.row_derivatives import RowWorker, ThisProcess
+from pipelines.row_derivatives import Pulled, RowWorker, ThisProcess, Workers
 from pipelines.training import (
     Adam,
     AdamState,
@@ -63,6 +63,22 @@ def course_of(storage: Storage, base: Path, spec: TrainingSpec, manifest: Manife
 
 def this_process(base: Path, course: Course) -> ThisProcess:
     return ThisProcess(RowWorker(load_base(base, torch.float32, course.config.attention), course))
+
+
+class Dying:
+    """Workers that are killed at the n-th gradient they are asked for."""
+
+    def __init__(self, workers: Workers, calls: int) -> None:
+        self._workers, self.left = workers, calls
+
+    def gradients(self, values: Tensor, shares: Sequence[Sequence[int]]) -> list[Tensor]:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self._workers.gradients(values, shares)
+
+    def pull_back(self, values: Tensor, direction: Tensor, shares: Sequence[Sequence[int]]) -> list[Pulled]:
+        return self._workers.pull_back(values, direction, shares)
 
 
 def train(base: Path, course: Course, weights: Mapping[bytes, float]) -> list[Mapping[str, AdamState]]:

@@ -42,6 +42,7 @@ def evidence(settings: Settings, receipt_id: str, key_of: str) -> None:
 def close(settings: Settings) -> None:
     period_id = close_period(settings, console.print)
     print_payouts(settings, period_id)
+    print_methods(settings, period_id)
 
 
 def claim(settings: Settings, contributors: Sequence[str]) -> None:
@@ -115,13 +116,14 @@ def claim_for(settings: Settings, engine: Engine, ids: Sequence[bytes]) -> tuple
 
 def active_payload(settings: Settings, engine: Engine, rollup: Rollup) -> PeriodPayload:
     """The payload of the period that is active on chain, from our archive."""
-    active = rollup.active_period().period_id
+    return archived_period(settings, engine, rollup.active_period().period_id)
+
+
+def archived_period(settings: Settings, engine: Engine, period_id: int) -> PeriodPayload:
     with reading(engine) as session:
-        row = session.get(PeriodRow, active)
+        row = session.get(PeriodRow, period_id)
         if row is None:
-            raise Rejected(
-                "no_active_period", f"period {active} is active on chain, none of that number is ours"
-            )
+            raise Rejected("no_such_period", f"none of our periods has the number {period_id}")
         key = f"blobs/{row.payload_hash}"
     return decode_period(open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint).get(key))
 
@@ -175,6 +177,15 @@ def print_payouts(settings: Settings, period_id: int, top: int = 12) -> int:
     total = sum(amount for _, _, amount in lines)
     table(f"Period {period_id} pays", ["role", "who", "amount"], [*shown, ("sum", "", tokens(total))])
     return total
+
+
+def print_methods(settings: Settings, period_id: int) -> None:
+    """By which method each adapter's credits were made, what it cost and why; and who was carried."""
+    period = archived_period(settings, connect(settings.database_url), period_id)
+    for close in period.adapters:
+        console.print(f"{close.adapter_id.hex()[:12]}… by {close.method}", highlight=False, markup=False)
+    for adapter_id, fee_gwei in period.carried:
+        console.print(f"{adapter_id.hex()[:12]}… is carried with {tokens(fee_gwei)}", highlight=False)
 
 
 def captured_gwei(engine: Engine, period_id: int) -> int:

@@ -17,11 +17,11 @@ from cluster.storage import DirectoryStorage, Storage
 from pipelines.course import MAX_CONTROLS, ChatAsker, Course, flat_state
 from pipelines.replay import TOLERANCE, beginning, credits_by_record
 from pipelines.replayed import NAME, ROUNDING_PPM, Replayed, replay_method, replayed, sum_at_end
-from pipelines.row_derivatives import Pulled, Workers
+from pipelines.row_derivatives import Workers
 from pipelines.training import AdamState
 from pipelines.trajectory import TrainingSpec, recorded_steps
 from tests import toy_models, toys
-from tests.toy_trainings import course_of, record_training, this_process, train
+from tests.toy_trainings import Dying, course_of, record_training, this_process, train
 
 UNIT = 2.0**40  # of the sums here
 H = 0.01  # of a weight: central differences over whole fp32 trainings are good to about a percent
@@ -164,22 +164,6 @@ def test_a_sum_of_nothing_credits_nobody(
 ) -> None:
     total = torch.zeros_like(some_sum(copied, spec, 1))
     assert set(all_credits(run(copied, base, spec, manifest, total)).values()) == {0}
-
-
-class Dying:
-    """Workers that are killed at the n-th gradient they are asked for."""
-
-    def __init__(self, workers: Workers, calls: int) -> None:
-        self._workers, self.left = workers, calls
-
-    def gradients(self, values: Tensor, shares: list[list[int]]) -> list[Tensor]:
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return self._workers.gradients(values, shares)
-
-    def pull_back(self, values: Tensor, direction: Tensor, shares: list[list[int]]) -> list[Pulled]:
-        return self._workers.pull_back(values, direction, shares)
 
 
 def test_a_killed_replay_goes_on_from_the_last_border_to_the_same_integers(
