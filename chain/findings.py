@@ -45,7 +45,7 @@ class PeriodLine:
 class Report:
     """``checked`` counts what was looked at, so that an audit of nothing does not look like a clean one."""
 
-    audit: Literal["arithmetic", "provenance"]
+    audit: Literal["arithmetic", "provenance", "influence"]
     checked: Mapping[str, int]
     batches: tuple[BatchLine, ...]
     periods: tuple[PeriodLine, ...]

@@ -20,8 +20,7 @@ from pipelines.course import ChatAsker
 from pipelines.job import Ground
 from pipelines.method import Means
 from pipelines.readiness import Ready
-from pipelines.replayed import OpenWorkers, Replayed, replay_method, replayed, sum_at_end
-from pipelines.trajectory import recorded_steps
+from pipelines.replayed import OpenWorkers, Replayable, Replayed, replay_method, replayed
 
 ReplaySum = Callable[[Ready, Tensor], Replayed]
 """Credits of an adapter's sum by replay of its training; refuses where it cannot be replayed."""
@@ -99,12 +98,6 @@ def credits_of(
 
 def replay_adapter(ground: Ground, ready: Ready, total: Tensor, open_workers: OpenWorkers) -> Replayed:
     """Credits of one adapter's sum by replay of its training."""
-    last_step = recorded_steps(ground.storage, ready.closable.trajectory)[-1]
-    return replayed(
-        ground.storage,
-        ready.closable.trajectory,
-        ready.manifests,
-        ChatAsker(load_tokenizer(base_model(ground.settings).path)),
-        sum_at_end(ready.index.card, total, last_step),
-        open_workers,
-    )
+    what = Replayable(ready.closable.trajectory, ready.index.card.snapshots, ready.manifests)
+    asker = ChatAsker(load_tokenizer(base_model(ground.settings).path))
+    return replayed(ground.storage, ground.storage, what, asker, total, open_workers)

@@ -7,9 +7,7 @@ from cluster.config import PeriodSettings
 from cluster.storage import Storage
 from pipelines.trajectory import read_metrics, recorded_training
 
-REPLAY_PER_TRAINING = (
-    2.5  # seconds of replay a second of training; measured in tests/bench/attribution/replay.py
-)
+REPLAY_PER_TRAINING = 3.2  # seconds a second of the training's steps; tests/bench/attribution/replay.py
 
 
 class Means(StrEnum):

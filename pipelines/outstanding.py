@@ -142,6 +142,19 @@ def paid_batches(session: Session, *conditions: ColumnElement[bool]) -> dict[byt
     return {bytes.fromhex(adapter_id): last for adapter_id, last in rows}
 
 
+def paying_period(session: Session, adapter_id: bytes, batch_id: int) -> tuple[int, str] | None:
+    """The period that paid an adapter its receipts of a batch, and the hash of its payload; the first with a
+    payout of it that reaches so far."""
+    found = session.execute(
+        select(PeriodRow.period_id, PeriodRow.payload_hash)
+        .join(PayoutRow, PayoutRow.period_id == PeriodRow.period_id)
+        .where(PayoutRow.adapter_id == adapter_id.hex(), PeriodRow.last_batch >= batch_id)
+        .order_by(PeriodRow.period_id)
+        .limit(1)
+    ).first()
+    return (found.period_id, found.payload_hash) if found else None
+
+
 def _earned(session: Session) -> tuple[Share, ...]:
     rows = session.execute(
         select(PayoutRow.contributor_id, func.sum(PayoutRow.amount_gwei))

@@ -3,40 +3,20 @@
 Delete Ray and ``row_derivatives.ThisProcess`` replaces this module. A worker remembers nothing that matters,
 so one that dies is started anew and asked again."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import ray
-import torch
 from torch import Tensor
 
-from attribution.errors import Rejected, Unavailable
+from attribution.errors import Unavailable
 from cluster.config import Settings
-from cluster.models import base_model, load_base
 from pipelines.course import Course
 from pipelines.fan_out import num_workers
-from pipelines.row_derivatives import Pulled, RowWorker
+from pipelines.row_derivatives import Pulled, open_worker, threads_of
 from pipelines.trajectory import TrainingSpec
 
 RETRIES = 3  # of a call whose worker died
-
-
-def open_worker(settings: Settings, base_id: bytes, course: Course, threads: int) -> RowWorker:
-    """The model that was trained, in the type it was trained in.
-
-    Raises:
-        Rejected: ``wrong_base``.
-    """
-    torch.set_num_threads(threads)
-    base = base_model(settings)
-    if base.base_id != base_id:
-        raise Rejected(
-            "wrong_base", f"the training is over base {base_id.hex()}, configured is {base.base_id.hex()}"
-        )
-    config = course.config
-    model = load_base(base.path, getattr(torch, config.compute_dtype), config.attention)
-    return RowWorker(model.to("cuda" if torch.cuda.is_available() else "cpu"), course)
 
 
 class _Worker:
@@ -56,7 +36,7 @@ class ReplayPool:
     def __init__(self, settings: Settings, base_id: bytes, course: Course) -> None:
         cpus = num_workers()
         count = min(course.num_workers, cpus)
-        threads = max(1, (os.cpu_count() or 1) // course.num_workers)  # as the training's: the same bits
+        threads = threads_of(course)
         free = float(ray.available_resources().get("CPU", 0))
         gpus = float(ray.cluster_resources().get("GPU", 0))
         actor = ray.remote(

@@ -23,7 +23,6 @@ from torch import Tensor
 from attribution.codec import Encoder
 from attribution.errors import Rejected
 from attribution.hashing import sha256
-from attribution.index import IndexCard
 from attribution.types import Manifest
 from cluster.storage import Storage
 from pipelines.course import Course, flat_state, recorded_course
@@ -49,35 +48,50 @@ class Replayed:
     seconds: int
 
 
+@dataclass(frozen=True, slots=True)
+class Replayable:
+    """A training on record; ``snapshots`` are the steps after which the gradients in a sum were taken."""
+
+    trajectory: str
+    snapshots: tuple[int, ...]
+    manifests: tuple[Manifest, ...]
+
+
 OpenWorkers = Callable[[TrainingSpec, Course], Workers]
 """Called only if there is work."""
 
 
 def replayed(
     storage: Storage,
-    trajectory: str,
-    manifests: Sequence[Manifest],
+    results: Storage,
+    what: Replayable,
     asker: Asker,
     total: Tensor,
     open_workers: OpenWorkers,
 ) -> Replayed:
-    """Credits of a gradient sum over the last state (``sum_at_end``): found, or worked out from where an
-    earlier replay of it ended.
+    """Credits of a gradient sum: found among ``results``, or worked out from where an earlier replay of it
+    ended.
 
     Raises:
-        Rejected: the trajectory is not one that can be replayed.
+        Rejected: the trajectory is not one that can be replayed, or the sum not of its end.
         Corrupted: ``replay_deviates``, the training does not come out as it is on record;
             ``trajectory_order``, ``trajectory_name``.
     """
-    training = recorded_training(storage, trajectory)
-    folder = f"replays/{replay_id(training, total).hex()}"
-    if f"{folder}/done.json" in storage.list(folder):
-        return _decode(storage.get(f"{folder}/done.json"))
-    course = recorded_course(storage, training, manifests, asker)
-    found = _work_out(storage, training, course, total, open_workers, folder)
-    storage.put(f"{folder}/done.json", _encode(found))
-    for key in list(storage.list(f"{folder}/step_")):
-        storage.delete(key)
+    training = recorded_training(storage, what.trajectory)
+    part = sum_at_end(what.snapshots, total, recorded_steps(storage, what.trajectory)[-1])
+    folder = f"replays/{replay_id(training, part).hex()}"
+    if f"{folder}/done.json" in results.list(folder):
+        return _decode(results.get(f"{folder}/done.json"))
+    course = recorded_course(storage, training, what.manifests, asker)
+    positions = _Positions(results, folder)
+
+    def state_after(step: int) -> AdamState:
+        return flat_state(storage, training.trajectory, step)
+
+    kept = recorded_steps(storage, training.trajectory)
+    found = _work_out(course, part, positions, lambda: open_workers(training, course), state_after, kept)
+    results.put(f"{folder}/done.json", _encode(found))
+    positions.forget()
     return found
 
 
@@ -96,51 +110,38 @@ def replay_id(training: TrainingSpec, total: Tensor) -> bytes:
     return sha256(Encoder(f"openledger/{NAME}").id32(training.training_id).id32(sha256(data)).finish())
 
 
-def sum_at_end(card: IndexCard, total: Tensor, last_step: int) -> Tensor:
+def sum_at_end(snapshots: Sequence[int], total: Tensor, last_step: int) -> Tensor:
     """The part of a period's sum that was taken at the end of the training, where the replay begins.
 
     Raises:
-        Rejected: ``not_at_end``, the index takes no gradients there.
+        Rejected: ``not_at_end``, it has no gradients from there.
     """
-    if last_step not in card.snapshots:
+    if last_step not in snapshots:
         raise Rejected(
-            "not_at_end", f"gradients are taken after steps {card.snapshots}, the training has {last_step}"
+            "not_at_end", f"gradients were taken after steps {list(snapshots)}, the training has {last_step}"
         )
-    return total.chunk(len(card.snapshots))[card.snapshots.index(last_step)]
+    return total.chunk(len(snapshots))[snapshots.index(last_step)]
 
 
 def _work_out(
-    storage: Storage,
-    training: TrainingSpec,
     course: Course,
     total: Tensor,
-    open_workers: OpenWorkers,
-    folder: str,
+    positions: "_Positions",
+    workers: Callable[[], Workers],
+    state_after: Callable[[int], AdamState],
+    kept: Sequence[int],
 ) -> Replayed:
     began = time.monotonic()
     norm = float(torch.linalg.vector_norm(total.double()))
     direction = (total.double() / max(norm, 1.0)).float()
-    position, spent_s = _taken_up(storage, folder) or (beginning(course, direction), 0.0)
+    position, spent_s = positions.newest() or (beginning(course, direction), 0.0)
 
     def keep(reached: Position) -> None:
         print(f"replayed back to step {reached.step} of {len(course.steps)}", flush=True)
-        storage.put(
-            f"{folder}/step_{reached.step}.safetensors",
-            _encode_position(reached, spent_s + time.monotonic() - began),
-        )
-        for key in list(storage.list(f"{folder}/step_")):
-            if key != f"{folder}/step_{reached.step}.safetensors":
-                storage.delete(key)
+        positions.keep(reached, spent_s + time.monotonic() - began)
 
     if norm:  # a sum of nothing moves nothing
-        position = replay(
-            course,
-            open_workers(training, course),
-            lambda step: flat_state(storage, training.trajectory, step),
-            recorded_steps(storage, training.trajectory),
-            position,
-            keep,
-        )
+        position = replay(course, workers(), state_after, kept, position, keep)
     values = credits_by_record(course, position, norm)
     trained = {span.record_id for row in course.rows[: course.num_trained] for span in row.spans}
     return Replayed(
@@ -151,17 +152,38 @@ def _work_out(
     )
 
 
-def _taken_up(storage: Storage, folder: str) -> tuple[Position, float] | None:
-    """The newest position of an earlier session, and the seconds spent on it."""
-    kept = {int(key.rpartition("_")[2].partition(".")[0]): key for key in storage.list(f"{folder}/step_")}
-    if not kept:
-        return None
-    step = min(kept)
-    tensors = load(storage.get(kept[step]))
-    adjoint = AdamState(tensors["value"], tensors["exp_avg"], tensors["exp_avg_sq"])
-    deviation, spent_s = tensors["figures"].tolist()
-    print(f"replay taken up behind step {step}", flush=True)
-    return Position(step, adjoint, tensors["derivatives"], deviation), spent_s
+@dataclass(frozen=True, slots=True)
+class _Positions:
+    """Where a replay under way stands, and the seconds spent on it: the newest alone is kept."""
+
+    storage: Storage
+    folder: str
+
+    def newest(self) -> tuple[Position, float] | None:
+        steps = [int(key.rpartition("_")[2].partition(".")[0]) for key in self._keys()]
+        if not steps:
+            return None
+        print(f"replay taken up behind step {min(steps)}", flush=True)
+        tensors = load(self.storage.get(self._key(min(steps))))
+        adjoint = AdamState(tensors["value"], tensors["exp_avg"], tensors["exp_avg_sq"])
+        deviation, spent_s = tensors["figures"].tolist()
+        return Position(min(steps), adjoint, tensors["derivatives"], deviation), spent_s
+
+    def keep(self, position: Position, spent_s: float) -> None:
+        older = self._keys()
+        self.storage.put(self._key(position.step), _encode_position(position, spent_s))
+        for key in older:
+            self.storage.delete(key)
+
+    def forget(self) -> None:
+        for key in self._keys():
+            self.storage.delete(key)
+
+    def _keys(self) -> list[str]:
+        return list(self.storage.list(f"{self.folder}/step_"))
+
+    def _key(self, step: int) -> str:
+        return f"{self.folder}/step_{step}.safetensors"
 
 
 def _encode_position(position: Position, spent_s: float) -> bytes:

@@ -6,6 +6,7 @@ its own attention, so that a replayed state can have the training's bits; the se
 can be differentiated twice and is the same number but for rounding.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from attribution.errors import Rejected
+from cluster.config import Settings
+from cluster.models import base_model, load_base
 from pipelines.course import Course
 from pipelines.training import (
     LowerCache,
@@ -24,6 +28,7 @@ from pipelines.training import (
     row_tensors,
     step_loss,
 )
+from pipelines.trajectory import TrainingSpec
 
 KEPT_BYTES = 2**30  # of what the frozen blocks returned
 
@@ -119,6 +124,33 @@ class ThisProcess:
 
     def pull_back(self, values: Tensor, direction: Tensor, shares: Sequence[Sequence[int]]) -> list[Pulled]:
         return [self._worker.pull_back(values, direction, rows) for rows in shares]
+
+
+def open_worker(settings: Settings, base_id: bytes, course: Course, threads: int) -> RowWorker:
+    """The model that was trained, in the type it was trained in.
+
+    Raises:
+        Rejected: ``wrong_base``.
+    """
+    torch.set_num_threads(threads)
+    base = base_model(settings)
+    if base.base_id != base_id:
+        raise Rejected(
+            "wrong_base", f"the training is over base {base_id.hex()}, configured is {base.base_id.hex()}"
+        )
+    config = course.config
+    model = load_base(base.path, getattr(torch, config.compute_dtype), config.attention)
+    return RowWorker(model.to("cuda" if torch.cuda.is_available() else "cpu"), course)
+
+
+def open_here(settings: Settings, training: TrainingSpec, course: Course) -> ThisProcess:
+    """Workers without a cluster."""
+    return ThisProcess(open_worker(settings, training.base_id, course, threads_of(course)))
+
+
+def threads_of(course: Course) -> int:
+    """What a worker of the training had on a machine like this one: with as many, sums have the same bits."""
+    return max(1, (os.cpu_count() or 1) // course.num_workers)
 
 
 def _second(slope: Tensor, parameters: Sequence[nn.Parameter], weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from cluster.transcripts import Transcript, key_path, load_key, seal
 from pipelines.index import IndexSpec, SketchAll, build_index
 from pipelines.job import Ground
 from pipelines.training import adapter_weights
-from pipelines.trajectory import read_state, recorded_steps
+from pipelines.trajectory import read_state, recorded_steps, write_done
 from tests import toys
 from tests.cluster.money import NOW, fund, hold
 from tests.toy_models import random_adapter, tiny_base
@@ -92,11 +92,12 @@ def publish_trained(world: World, name: str, **how: Any) -> Adapter:
     training = record_training(storage, world.base_path, world.manifest, **how)
     last = recorded_steps(storage, training.trajectory)[-1]
     trained = {n: s.value for n, s in read_state(storage, training.trajectory, last).items()}
-    weights = adapter_weights(training.base_id, trained, training.config)
+    adapter_id = store_adapter(storage, pack(adapter_weights(training.base_id, trained, training.config)))
+    write_done(storage, training.trajectory, adapter_id, 1.0)
     with writing(world.ground.engine) as session:
         return publish(
             session,
-            adapter_id=store_adapter(storage, pack(weights)),
+            adapter_id=adapter_id,
             name=name,
             base_id=training.base_id,
             manifest_ids=training.manifest_ids,

@@ -28,7 +28,6 @@ from pipelines.trajectory import (
     TrainingSpec,
     kept_steps,
     write_beginning,
-    write_done,
     write_metrics,
     write_state,
 )
@@ -41,7 +40,8 @@ CONFIG = TrainingConfig(
 def record_training(
     storage: Storage, base: Path, manifest: Manifest, *, num_workers: int = 1, seconds: float = 0.1
 ) -> TrainingSpec:
-    """Train and leave a whole trajectory in storage; every step is said to have taken so many seconds."""
+    """Train and leave a trajectory in storage, whole but for what it made. Every step is said to have taken
+    so many seconds."""
     spec = TrainingSpec(base_id(base), (manifest.manifest_id,), CONFIG, 0, num_workers)
     plan = plan_of([manifest], ChatAsker(load_tokenizer(base)), CONFIG, spec.seed)
     write_beginning(storage, spec, plan)
@@ -53,7 +53,6 @@ def record_training(
         write_state(storage, spec.trajectory, step, states[step])
     metrics = [Metric(step + 1, 1.0, 1e-3, 100, seconds) for step in range(len(plan.steps))]
     write_metrics(storage, spec.trajectory, metrics)
-    write_done(storage, spec.trajectory, spec.training_id, seconds)
     return spec
 
 

@@ -2,6 +2,7 @@
 drawing it.
 """
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,20 @@ def usage(settings: Settings, key_of: str) -> None:
 def evidence(settings: Settings, receipt_id: str, key_of: str) -> None:
     engine = connect(settings.database_url)
     print_receipt(engine, get(settings, f"/v1/receipts/{receipt_id}", key_of))
+
+
+def explain(settings: Settings, receipt_id: str, top: int = 12) -> None:
+    """Run the job and show the largest parts, of either sign, in gwei of directed loss."""
+    plain = receipt_id.lower().removeprefix("0x")
+    run_id = f"explain-{plain[:16]}-{secrets.token_hex(4)}"  # again after the close it says something else
+    outcome = run_job(settings, "explain", {"receipt_id": plain}, run_id, console.print)
+    for adapter_id, part in outcome.items():
+        credits_ = sorted(part["credits"].items(), key=lambda one: (-abs(one[1]), one[0]))
+        rows = [(group, f"{value / 2 ** part['bits']:+.3f}") for group, value in credits_[:top]]
+        rest = sum(value for _, value in credits_[top:])
+        rows += [(f"{len(credits_) - top} more", f"{rest / 2 ** part['bits']:+.3f}")] if rest else []
+        paid = f"period {part['period_id']}" if part["period_id"] else "not paid yet"
+        table(f"Adapter {adapter_id[:12]}…, {part['fee_gwei']} gwei, {paid}", ["group", "part"], rows)
 
 
 def close(settings: Settings) -> None:

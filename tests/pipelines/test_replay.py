@@ -10,16 +10,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from attribution.errors import Corrupted, Rejected
-from attribution.index import IndexCard
 from attribution.types import Manifest
 from cluster.models import load_tokenizer
 from cluster.storage import DirectoryStorage, Storage
 from pipelines.course import MAX_CONTROLS, ChatAsker, Course, flat_state
 from pipelines.replay import TOLERANCE, beginning, credits_by_record
-from pipelines.replayed import NAME, ROUNDING_PPM, Replayed, replay_method, replayed, sum_at_end
+from pipelines.replayed import NAME, ROUNDING_PPM, Replayable, Replayed, replay_method, replayed, sum_at_end
 from pipelines.row_derivatives import Workers
 from pipelines.training import AdamState
-from pipelines.trajectory import TrainingSpec, recorded_steps
+from pipelines.trajectory import TrainingSpec, recorded_steps, recorded_training
 from tests import toy_models, toys
 from tests.toy_trainings import Dying, course_of, record_training, this_process, train
 
@@ -62,8 +61,6 @@ def spec(base: Path, manifest: Manifest, recorded: Storage) -> TrainingSpec:
 
 
 def spec_of(storage: Storage, num_workers: int) -> TrainingSpec:
-    from pipelines.trajectory import recorded_training
-
     names = {key.split("/")[1] for key in storage.list("trajectories/")}
     specs = [recorded_training(storage, f"trajectories/{name}") for name in names]
     return next(one for one in specs if one.num_workers == num_workers)
@@ -79,12 +76,17 @@ def some_sum(storage: Storage, spec: TrainingSpec, seed: int) -> Tensor:
 def run(storage: Storage, base: Path, spec: TrainingSpec, manifest: Manifest, total: Tensor) -> Replayed:
     return replayed(
         storage,
-        spec.trajectory,
-        [manifest],
+        storage,
+        replayable(storage, spec, manifest),
         ChatAsker(load_tokenizer(base)),
         total,
         lambda _, course: this_process(base, course),
     )
+
+
+def replayable(storage: Storage, spec: TrainingSpec, manifest: Manifest) -> Replayable:
+    last = recorded_steps(storage, spec.trajectory)[-1]
+    return Replayable(spec.trajectory, (last,), (manifest,))
 
 
 def all_credits(found: Replayed) -> Mapping[bytes, int]:
@@ -186,9 +188,8 @@ def test_a_killed_replay_goes_on_from_the_last_border_to_the_same_integers(
             asked += calls
             return workers
 
-        return replayed(
-            copied, spec.trajectory, [manifest], ChatAsker(load_tokenizer(base)), total, open_workers
-        )
+        what, asker = replayable(copied, spec, manifest), ChatAsker(load_tokenizer(base))
+        return replayed(copied, copied, what, asker, total, open_workers)
 
     with pytest.raises(KeyboardInterrupt):
         stormy(gap + 1)
@@ -229,22 +230,12 @@ def test_an_order_that_the_manifests_do_not_make_is_refused(
     assert refusal.value.code == "trajectory_order"
 
 
-def test_a_trajectory_under_another_name_is_refused(
-    copied: Storage, base: Path, spec: TrainingSpec, manifest: Manifest
-) -> None:
+def test_a_trajectory_under_another_name_is_refused(copied: Storage, spec: TrainingSpec) -> None:
     for key in list(copied.list(f"{spec.trajectory}/")):
         copied.put(key.replace(spec.training_id.hex(), "renamed"), copied.get(key))
-    total = some_sum(copied, spec, 1)
     with pytest.raises(Corrupted) as refusal:
-        run(copied, base, renamed(spec), manifest, total)
+        recorded_training(copied, "trajectories/renamed")
     assert refusal.value.code == "trajectory_name"
-
-
-class renamed:
-    """A spec that says another place than its own."""
-
-    def __init__(self, spec: TrainingSpec) -> None:
-        self.trajectory = "trajectories/renamed"
 
 
 def test_credits_beyond_64_bits_are_refused(
@@ -275,10 +266,9 @@ def test_controls_stand_once_in_every_epoch_and_have_a_record_s_wordings(
 
 
 def test_a_replay_begins_where_the_training_ended() -> None:
-    card = IndexCard("", "", (), 0, 0, (4, 9), 1.0, 0.3, 1, 256, 0)
     total = torch.arange(6)
-    assert sum_at_end(card, total, 9).tolist() == [3, 4, 5]
+    assert sum_at_end((4, 9), total, 9).tolist() == [3, 4, 5]
     with pytest.raises(Rejected) as refusal:
-        sum_at_end(card, total, 8)
+        sum_at_end((4, 9), total, 8)
     assert refusal.value.code == "not_at_end"
     assert NAME == "metagradient/1"
