@@ -38,7 +38,7 @@ class ReplayPool:
         count = min(course.num_workers, cpus)
         threads = threads_of(course)
         free = float(ray.available_resources().get("CPU", 0))
-        gpus = float(ray.cluster_resources().get("GPU", 0))
+        gpus = float(ray.available_resources().get("GPU", 0))  # an engine may have them
         actor = ray.remote(
             num_cpus=min(1.0, int(100 * free / count) / 100),
             num_gpus=1 if gpus >= count else 0,

@@ -405,14 +405,19 @@ def test_chunk_names_follow_from_everything_that_decides_a_sum() -> None:
         assert not {chunk.key for chunk in other} & set(keys)
 
 
-def trained_and_asked(world: World, fee_gwei: int = 100_000, **how: object) -> Adapter:
-    """An adapter that can be replayed, indexed, with three paid answers in a final batch."""
+def trained_and_asked(
+    world: World, fee_gwei: int = 100_000, of_everybody: bool = False, **how: object
+) -> Adapter:
+    """An adapter that can be replayed, indexed, with paid answers in a final batch: about the two records of
+    one contributor, who then stands above the controls, or about everything, and nobody does."""
     adapter = publish_trained(world, "toy/trained", **how)
     index(world, adapter)
     (account,) = payers(world, 1)
-    for entry in world.manifest.entries[:3]:
-        question, answer = f"Which one is {entry.record.subject}?", entry.record.answer
-        pay_for(world, account, question, answer, fee_gwei=fee_gwei, adapter_id=adapter.adapter_id)
+    records = [entry.record for entry in world.manifest.entries]
+    for record in records:
+        if of_everybody or record.contributor_id == records[0].contributor_id:
+            question = f"What is {record.subject}?"
+            pay_for(world, account, question, record.answer, fee_gwei=fee_gwei, adapter_id=adapter.adapter_id)
     settle(world)
     return adapter
 
@@ -424,7 +429,7 @@ def test_a_training_that_can_be_replayed_is_paid_by_its_replay(world: World) -> 
     (adapter,) = closed.payload.adapters
     assert adapter.method.startswith("metagradient/1 trajectories/")
     assert "states=bitwise seconds=" in adapter.method
-    assert "; fees of 300000 gwei, a replay is worth " in adapter.method
+    assert "; fees of 200000 gwei, a replay is worth " in adapter.method
     (done,) = world.ground.storage.list("replays/")
     kept = json.loads(world.ground.storage.get(done))
     groups = {e.group.group_id.hex(): e.group.contributor_id for e in world.manifest.entries}
@@ -432,7 +437,7 @@ def test_a_training_that_can_be_replayed_is_paid_by_its_replay(world: World) -> 
     assert {c.group_id.hex(): c.contributor_id for c in adapter.credits} == groups
     assert list(adapter.controls) == sorted(kept["controls"].values())
     assert len(adapter.controls) == len(world.manifest.controls) > 0
-    assert fees_and_entries(world) == (300_000, 0, {})
+    assert fees_and_entries(world) == (200_000, 0, {})
     assert decode_period(encode_period(closed.payload)) == closed.payload
 
 
@@ -473,13 +478,20 @@ def test_a_training_that_does_not_come_out_again_is_paid_by_the_cheap_method_and
     assert (closed.credits, closed.controls) == credits_of(opened, [world.manifest], total)
 
 
+def test_a_replay_in_which_nobody_stands_above_the_controls_pays_nobody(world: World) -> None:
+    trained_and_asked(world, of_everybody=True)
+    (closed,) = close(world).payload.adapters
+    assert closed.method.startswith("damped-fisher/1 ")
+    assert "; no replay: nothing_above_noise in " in closed.method
+
+
 def test_fees_not_worth_a_replay_wait_and_are_paid_by_the_cheap_method_in_the_end(world: World) -> None:
     adapter = trained_and_asked(world, fee_gwei=10, seconds=60.0)
     waiting = close(world)
-    assert waiting.payload.carried == ((adapter.adapter_id, 30),)
+    assert waiting.payload.carried == ((adapter.adapter_id, 20),)
     assert [one.code for one in waiting.carried] == ["not_worth_a_replay"]
     pay_for(world, payers(world, 1)[0], *QUESTIONS[0], fee_gwei=0)
     settle(world)
     (closed,) = close(world, now=NOW + world.ground.settings.period.max_age_s + 3600).payload.adapters
-    assert closed.fee_gwei == 30
+    assert closed.fee_gwei == 20
     assert closed.method.startswith("damped-fisher/1 ") and "; at maximum age " in closed.method
