@@ -73,22 +73,28 @@ def replayed(
     ended.
 
     Raises:
-        Rejected: the trajectory is not one that can be replayed, or the sum not of its end.
+        Rejected: ``trajectory_incomplete``; it is not one that can be replayed; the sum is not of its end.
         Corrupted: ``replay_deviates``, the training does not come out as it is on record;
             ``trajectory_order``, ``trajectory_name``.
     """
     training = recorded_training(storage, what.trajectory)
-    part = sum_at_end(what.snapshots, total, recorded_steps(storage, what.trajectory)[-1])
+    kept = recorded_steps(storage, what.trajectory)
+    if not kept or kept[0] != 0:
+        raise Rejected("trajectory_incomplete", f"{what.trajectory} keeps states after {kept}, none at 0")
+    part = sum_at_end(what.snapshots, total, kept[-1])
     folder = f"replays/{replay_id(training, part).hex()}"
     if f"{folder}/done.json" in results.list(folder):
         return _decode(results.get(f"{folder}/done.json"))
     course = recorded_course(storage, training, what.manifests, asker)
+    if kept[-1] != len(course.steps):
+        raise Rejected(
+            "trajectory_incomplete", f"{what.trajectory} ends after {kept[-1]} of {len(course.steps)} steps"
+        )
     positions = _Positions(results, folder)
 
     def state_after(step: int) -> AdamState:
         return flat_state(storage, training.trajectory, step)
 
-    kept = recorded_steps(storage, training.trajectory)
     found = _work_out(course, part, positions, lambda: open_workers(training, course), state_after, kept)
     results.put(f"{folder}/done.json", _encode(found))
     positions.forget()

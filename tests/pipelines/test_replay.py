@@ -220,6 +220,25 @@ def test_a_state_that_does_not_come_out_again_is_refused(
         assert refusal.value.code == "replay_deviates"
 
 
+@pytest.mark.parametrize("missing", ["beginning", "end", "all"])
+def test_a_trajectory_without_its_ends_is_refused_and_credits_nobody_silently(
+    copied: Storage, base: Path, spec: TrainingSpec, manifest: Manifest, missing: str
+) -> None:
+    steps = recorded_steps(copied, spec.trajectory)
+    for step in {"beginning": steps[:1], "end": steps[-1:], "all": steps}[missing]:
+        copied.delete(f"{spec.trajectory}/step_{step}.safetensors")
+    what = Replayable(spec.trajectory, tuple(steps), (manifest,))
+    total = some_sum_of(1, len(steps))
+    asker = ChatAsker(load_tokenizer(base))
+    with pytest.raises(Rejected) as refusal:
+        replayed(copied, copied, what, asker, total, lambda _, course: this_process(base, course))
+    assert refusal.value.code == "trajectory_incomplete"
+
+
+def some_sum_of(size: int, snapshots: int) -> Tensor:
+    return torch.ones(size * snapshots, dtype=torch.int64)
+
+
 def test_an_order_that_the_manifests_do_not_make_is_refused(
     copied: Storage, base: Path, spec: TrainingSpec, manifest: Manifest
 ) -> None:

@@ -41,10 +41,8 @@ def test_a_recorded_training_is_replayed_to_the_bit_and_pays_the_period(
     records = [entry.record for entry in world.manifest.entries]
     asked = [one for one in records if one.contributor_id == records[0].contributor_id]
     receipts = [
-        pay_for(
-            world, account, f"What is {one.subject}?", one.answer, fee_gwei=100_000, adapter_id=adapter_id
-        )
-        for account, one in zip(payers(world, len(asked)), asked, strict=True)
+        pay_for(world, who, f"What is {one.subject}?", one.answer, fee_gwei=100_000, adapter_id=adapter_id)
+        for who, one in zip(payers(world, len(asked)), asked, strict=True)
     ]
     settle(world)
     closed = run("close_period", SPEC.model_dump(), settings, ray_dir)
