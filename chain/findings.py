@@ -38,13 +38,14 @@ class PeriodLine:
     total_gwei: int
     is_disabled: bool
     payouts: tuple[Payouts, ...]
+    methods: tuple[str, ...]  # by which each adapter's credits were made, as the statement says it
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """``checked`` counts what was looked at, so that an audit of nothing does not look like a clean one."""
 
-    audit: Literal["arithmetic", "provenance"]
+    audit: Literal["arithmetic", "provenance", "influence"]
     checked: Mapping[str, int]
     batches: tuple[BatchLine, ...]
     periods: tuple[PeriodLine, ...]
@@ -84,8 +85,8 @@ def _period_text(period: PeriodLine) -> list[str]:
         f"root {period.root.hex()}  owed since genesis {period.total_gwei} gwei{disabled}"
     )
     lines = [head]
-    for payouts in period.payouts:
-        lines.append(f"  adapter {payouts.adapter_id.hex()}  {payouts.fee_gwei} gwei")
+    for payouts, method in zip(period.payouts, period.methods, strict=True):
+        lines.append(f"  adapter {payouts.adapter_id.hex()}  {payouts.fee_gwei} gwei  by {method!r}")
         for line in payouts.lines:
             lines.append(f"    {line.role:<12} {line.contributor_id.hex()}  {line.amount_gwei:>16} gwei")
     return lines

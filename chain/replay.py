@@ -254,11 +254,14 @@ class Replay:
         copies = self._source.fetch(subject, event.da_commitment, event.payload_hash)
         self.findings += copies.findings
         payouts: tuple[Payouts, ...] = ()
+        methods: tuple[str, ...] = ()
         try:
             if copies.payload is not None:
-                payouts = self._pay(event, decode_period(copies.payload))
+                payload = decode_period(copies.payload)
+                payouts = self._pay(event, payload)
+                methods = tuple(close.method for close in payload.adapters)
                 for place, altered in copies.altered:
-                    self.findings += differences(place, decode_period(copies.payload), altered)
+                    self.findings += differences(place, payload, altered)
         except Corrupted as error:
             self._find("period_payload", subject, "a period payload", error.message)
         self.periods.append(
@@ -270,6 +273,7 @@ class Replay:
                 event.total_wei // WEI_PER_GWEI,
                 False,
                 payouts,
+                methods,
             )
         )
 

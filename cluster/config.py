@@ -90,13 +90,16 @@ class PriceSettings(Values):
 
 
 class PeriodSettings(Values):
-    """When a period's gradient sum may be published. ``allow_small`` is the labelled test setting that lets a
-    demonstration close with fewer requests and payers than privacy asks for."""
+    """When a period's gradient sum may be published, and when its adapter is worth a replay. ``allow_small``
+    is the labelled test setting that lets a demonstration close with fewer requests and payers than privacy
+    asks for."""
 
     min_requests: int = 50
     min_payers: int = 5
     allow_small: bool = False
-    max_age_s: int = 7 * 86_400
+    replay_gwei_per_s: int = Field(default=5_000, ge=0)  # fees that must stand behind a second of replay
+    max_replay_s: int = Field(default=6 * 3_600, ge=0)  # a longer one is not tried; 0: never
+    max_age_s: int = 7 * 86_400  # fees not worth a replay wait this long, then the cheap method pays them
 
 
 class EngineSettings(Values):

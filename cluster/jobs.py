@@ -23,7 +23,7 @@ from cluster.storage import open_storage
 from cluster.tables import RunRow
 
 Json = Mapping[str, object]
-KINDS = ("ingest", "finetune", "evaluate", "index", "close_period")
+KINDS = ("ingest", "finetune", "evaluate", "index", "close_period", "explain")
 _RUN_ID = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _SUBMIT_TIMEOUT_S = 120  # a head that has just started has no agent to take jobs for a while

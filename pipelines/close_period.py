@@ -3,10 +3,11 @@
     python -m pipelines.close_period --spec FILE_OR_URI
 
 For every adapter with outstanding fees, the unit gradient of each paid answer (batch of one, canonical
-runtime) is rounded, weighted by its fee and summed in integers; the sum's dot products with the adapter's
-indexed features are the credits of its groups and controls; attribution/payout.py makes money of them. Rows
-appear in one transaction, after the payload is archived: a job that dies leaves nothing but chunk sums, which
-the next one takes up."""
+runtime) is rounded, weighted by its fee and summed in integers. A replay of the recorded training turns the
+sum into credits of its groups and controls; where there is none to be had, or the fees are not worth one, the
+sum's dot products with the adapter's indexed features do, and the statement says which and why.
+attribution/payout.py makes money of them. Rows appear in one transaction, after the payload is archived: a
+job that dies leaves nothing but chunk sums and a replay half done, which the next one takes up."""
 
 import sys
 import time
@@ -21,24 +22,25 @@ from torch import Tensor
 from attribution.errors import Rejected
 from attribution.hashing import keccak256
 from attribution.index import Index
-from attribution.influence import integer_credits
 from attribution.payload import PeriodPayload, add_payouts, encode_period
 from attribution.payout import AdapterClose, Beneficiaries, Payouts, Split, pay
-from attribution.sketch import make_sketch
-from attribution.types import ZERO_ID, Credit, Manifest
+from attribution.types import ZERO_ID
 from cluster.config import Settings, SplitPpm
 from cluster.database import reading, writing
-from cluster.indexes import indexed_records, stored_index
+from cluster.indexes import stored_index
 from cluster.ledger import FEES, Entry, post
 from cluster.models import base_model, load_base
-from cluster.storage import Storage, open_storage, put_content
+from cluster.storage import open_storage
 from cluster.tables import PayoutRow, PeriodRow
 from cluster.transcripts import delete_transcripts, key_path, load_key
-from pipelines.answer_sums import Chunk, encode_sum, forget_sums, store_sums, total_sum
+from pipelines.adapter_close import ReplaySum, close_adapter, replay_adapter
+from pipelines.answer_sums import Chunk, forget_sums, store_sums
 from pipelines.fan_out import fan_out, num_workers
 from pipelines.job import Ground, Outcome, main
 from pipelines.outstanding import NextPeriod, Outstanding, next_period, unchallengeable
 from pipelines.readiness import Carried, Closable, Ready, open_files, prepare
+from pipelines.replay_pool import open_pool
+from pipelines.replayed import Replayed
 from pipelines.spec import Spec
 
 
@@ -74,7 +76,9 @@ class ClosedPeriod:
         return keccak256(encode_period(self.payload))
 
 
-def close_period(ground: Ground, spec: CloseSpec, sum_answers: SumAnswers, now: int) -> ClosedPeriod:
+def close_period(
+    ground: Ground, spec: CloseSpec, sum_answers: SumAnswers, replay_sum: ReplaySum, now: int
+) -> ClosedPeriod:
     """``Rejected`` if there is nothing to close. Started again after a crash it gives the same period."""
     settings, storage = ground.settings, ground.storage
     key = load_key(key_path(settings.home))
@@ -82,12 +86,15 @@ def close_period(ground: Ground, spec: CloseSpec, sum_answers: SumAnswers, now: 
         due = next_period(session)
         paid_for = [one for one in due.adapters if one.adapter_id != ZERO_ID]
         found = [prepare(session, key, one, settings.period) for one in paid_for]
-    ready = [open_files(storage, one) for one in found if isinstance(one, Closable)]
+    opened = [
+        open_files(storage, one, settings.period, now) if isinstance(one, Closable) else one for one in found
+    ]
+    ready = [one for one in opened if isinstance(one, Ready)]
     for one in ready:
         sum_answers(one.index, one.closable.chunks)
-    closes = [close_adapter(storage, one) for one in ready]
+    closes = [close_adapter(storage, one, replay_sum) for one in ready]
     closes += [close_base(one, spec) for one in due.adapters if one.adapter_id == ZERO_ID]
-    carried = tuple(one for one in found if isinstance(one, Carried))
+    carried = tuple(one for one in opened if isinstance(one, Carried))
     closed = assemble(due, spec, settings.split_ppm, closes, carried)
     storage.put_if_absent(f"blobs/{closed.payload_hash.hex()}", encode_period(closed.payload))
     with writing(ground.engine) as session:
@@ -95,39 +102,6 @@ def close_period(ground: Ground, spec: CloseSpec, sum_answers: SumAnswers, now: 
     for one in ready:
         forget_sums(storage, one.closable.chunks)
     return closed
-
-
-def close_adapter(storage: Storage, ready: Ready) -> AdapterClose:
-    """Publish the sum and turn it into credits."""
-    closable, card = ready.closable, ready.index.card
-    total = total_sum(storage, closable.chunks, ready.index.loras)
-    published = put_content(storage, "gradient_sums", encode_sum(total))
-    credits_, controls = credits_of(ready.index, ready.manifests, total)
-    return AdapterClose(
-        adapter_id=closable.outstanding.adapter_id,
-        owner_id=closable.owner_id,
-        fee_gwei=closable.outstanding.fee_gwei,
-        method=f"{card.method} index={closable.index_id.hex()} bits={closable.bits}{closable.label}",
-        gradient_sum_sha256=bytes.fromhex(published),
-        credits=credits_,
-        controls=controls,
-    )
-
-
-def credits_of(
-    index: Index, manifests: Sequence[Manifest], total: Tensor
-) -> tuple[tuple[Credit, ...], tuple[int, ...]]:
-    """Signed credits of all trained groups, sorted by id, and of all controls, sorted: integers from a
-    published sum and a published index, so anybody gets the same."""
-    sketch = make_sketch(len(total), index.card.sketch_size, index.card.sketch_seed)
-    values = integer_credits(sketch, total, index.features)
-    records = indexed_records(index, manifests)
-    credits_ = [
-        Credit(record.record_id, record.contributor_id, value)
-        for record, value in zip(records, values, strict=False)
-    ]
-    controls = values[len(records) :]
-    return tuple(sorted(credits_, key=lambda credit: credit.group_id)), tuple(sorted(controls))
 
 
 def close_base(due: Outstanding, spec: CloseSpec) -> AdapterClose:
@@ -226,10 +200,13 @@ def _work(ground: Ground, spec: CloseSpec) -> Outcome:
         parts = [chunks[at::width] for at in range(width)]
         fan_out(partial(sum_chunks, ground.settings, index.index_id), parts)
 
+    def replay_in_pool(ready: Ready, total: Tensor) -> Replayed:
+        return replay_adapter(ground, ready, total, partial(open_pool, ground.settings))
+
     started = time.monotonic()
     now = int(time.time())
     num_forgotten = forget(ground, now)
-    closed = close_period(ground, spec, in_parallel, now)
+    closed = close_period(ground, spec, in_parallel, replay_in_pool, now)
     return {
         "period_id": closed.payload.period_id,
         "batches": [closed.payload.first_batch, closed.payload.last_batch],

@@ -18,23 +18,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
 
 from attribution.errors import Rejected, Unavailable
 from attribution.types import Adapter, Manifest
 from cluster.adapters import check_name, pack, publish, store_adapter
 from cluster.database import reading, writing
-from cluster.models import ask, base_model, load_tokenizer
+from cluster.models import base_model, load_tokenizer
 from cluster.storage import Storage, get_content
 from cluster.tables import DatanetRow
+from pipelines.course import ChatAsker, plan_of
 from pipelines.finetune_worker import METRICS_EVERY_S, Task, work
 from pipelines.job import Ground, Outcome, main
-from pipelines.packing import examples, plan
 from pipelines.spec import Spec
 from pipelines.training import TrainingConfig, adapter_weights
 from pipelines.trajectory import (
@@ -61,19 +59,6 @@ class FinetuneSpec(Spec):
     threads_per_worker: int = Field(default=0, ge=0)  # 0: what the machine has, divided among its workers
     max_failures: int = Field(default=3, ge=0)  # of workers; each resumes from the last kept step
     deepspeed_config: Path = Path("configs/deepspeed_zero2.json")
-
-
-@dataclass(frozen=True, slots=True)
-class ChatAsker:
-    """Examples as the model will be asked: its own chat template and end token."""
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def prompt(self, question: str) -> list[int]:
-        return ask(self.tokenizer, question)
-
-    def answer(self, text: str) -> list[int]:
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
 
 
 def finetune(ground: Ground, spec: FinetuneSpec) -> Outcome:
@@ -137,21 +122,11 @@ def _train(
     started = time.monotonic()
     asker = ChatAsker(load_tokenizer(base_path))
     config = training.config
-    given = [
-        example
-        for manifest in manifests
-        for example in examples(manifest, asker, config.wordings_per_record, training.seed)
-    ]
-    planned = plan(
-        given,
-        row_tokens=config.row_tokens,
-        rows_per_step=config.rows_per_step,
-        epochs=config.epochs,
-        seed=training.seed,
-    )
+    planned = plan_of(manifests, asker, config, training.seed)
     write_beginning(ground.storage, training, planned)
     kept = recorded_steps(ground.storage, training.trajectory)
-    print(f"{len(given)} examples in {len(planned.rows)} rows, {len(planned.steps)} steps", flush=True)
+    num_examples = sum(len(row.spans) for row in planned.rows)
+    print(f"{num_examples} examples in {len(planned.rows)} rows, {len(planned.steps)} steps", flush=True)
     if kept:
         print(f"resumed after step {kept[-1]} of {training.trajectory}", flush=True)
     task = Task(ground.settings, training, planned, spec.threads_per_worker, _deepspeed(spec, training))
@@ -215,6 +190,7 @@ def _deepspeed(spec: FinetuneSpec, training: TrainingSpec) -> dict[str, Any]:
         )
     return {
         **document,
+        "gradient_clipping": 0.0,  # left out, DeepSpeed clips at 1: a kink, and not the step that is replayed
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": training.config.rows_per_step // training.num_workers,
     }

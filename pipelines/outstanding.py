@@ -39,6 +39,11 @@ class Outstanding:
         return sum(due.fee_gwei for due in self.dues)
 
     @property
+    def oldest_s(self) -> int:
+        """When the oldest of its answers was given, in seconds since 1970, to the hour."""
+        return 3600 * min(due.receipt.hour for due in self.dues)
+
+    @property
     def num_payers(self) -> int:
         return len({due.receipt.payer for due in self.dues})
 
@@ -135,6 +140,19 @@ def paid_batches(session: Session, *conditions: ColumnElement[bool]) -> dict[byt
         .group_by(PayoutRow.adapter_id)
     )
     return {bytes.fromhex(adapter_id): last for adapter_id, last in rows}
+
+
+def paying_period(session: Session, adapter_id: bytes, batch_id: int) -> tuple[int, str] | None:
+    """The period that paid an adapter its receipts of a batch, and the hash of its payload; the first with a
+    payout of it that reaches so far."""
+    found = session.execute(
+        select(PeriodRow.period_id, PeriodRow.payload_hash)
+        .join(PayoutRow, PayoutRow.period_id == PeriodRow.period_id)
+        .where(PayoutRow.adapter_id == adapter_id.hex(), PeriodRow.last_batch >= batch_id)
+        .order_by(PeriodRow.period_id)
+        .limit(1)
+    ).first()
+    return (found.period_id, found.payload_hash) if found else None
 
 
 def _earned(session: Session) -> tuple[Share, ...]:

@@ -14,7 +14,7 @@ from typing import Protocol
 from attribution.codec import Encoder
 from attribution.errors import Rejected
 from attribution.hashing import sha256
-from attribution.types import Manifest
+from attribution.types import Manifest, Record
 
 
 class Asker(Protocol):
@@ -78,12 +78,26 @@ class Plan:
 
 def examples(manifest: Manifest, asker: Asker, wordings_per_record: int, seed: int) -> Iterator[Example]:
     """Every trained record in so many of the training wordings, drawn by hash; 0 means all."""
-    for entry in manifest.entries:
-        record_id = entry.group.group_id
-        drawn = sorted(range(len(manifest.wordings)), key=lambda n: _lot(seed, record_id.hex(), n))
+    records = [entry.record for entry in manifest.entries]
+    return _asked(manifest, records, asker, wordings_per_record, seed)
+
+
+def control_examples(
+    manifest: Manifest, asker: Asker, wordings_per_record: int, seed: int, max_controls: int
+) -> Iterator[Example]:
+    """The first controls, asked as if they were trained on."""
+    return _asked(manifest, manifest.controls[:max_controls], asker, wordings_per_record, seed)
+
+
+def _asked(
+    manifest: Manifest, records: Sequence[Record], asker: Asker, wordings_per_record: int, seed: int
+) -> Iterator[Example]:
+    for record in records:
+        record_id = record.record_id
+        drawn = sorted(range(len(manifest.wordings)), key=lambda n: order_lot(seed, record_id.hex(), n))
         for wording in sorted(drawn[: wordings_per_record or None]):
-            question = manifest.wordings[wording].replace("{subject}", entry.record.subject)
-            prompt, answer = asker.prompt(question), asker.answer(entry.record.answer)
+            question = manifest.wordings[wording].replace("{subject}", record.subject)
+            prompt, answer = asker.prompt(question), asker.answer(record.answer)
             yield Example(record_id, wording, tuple(prompt), tuple(answer))
 
 
@@ -104,7 +118,7 @@ def plan(given: Sequence[Example], *, row_tokens: int, rows_per_step: int, epoch
     steps: list[tuple[int, ...]] = []
     for epoch in range(epochs):
         places = [
-            sorted(range(place, len(rows), rows_per_step), key=lambda row: _lot(seed, "row", epoch, row))
+            sorted(range(place, len(rows), rows_per_step), key=lambda row: order_lot(seed, "row", epoch, row))
             for place in range(rows_per_step)
         ]
         steps += zip(*places, strict=True)
@@ -125,7 +139,7 @@ def pack(
             f"record {given[longest].record_id.hex()}: {opening + lengths[longest]} tokens of {row_tokens}",
             field="row_tokens",
         )
-    draw = sorted(given, key=lambda example: _lot(seed, example.record_id.hex(), example.wording, 1))
+    draw = sorted(given, key=lambda example: order_lot(seed, example.record_id.hex(), example.wording, 1))
     room = row_tokens - opening
     dealt: list[list[Example]] | None = None
     num_rows = -(-sum(lengths) // (room * rows_per_step)) * rows_per_step
@@ -170,7 +184,8 @@ def _row(dealt: Sequence[Example], opening: int) -> PackedRow:
     return PackedRow(tuple(ids), opening, tuple(spans))
 
 
-def _lot(seed: int, what: str, *numbers: int) -> bytes:
+def order_lot(seed: int, what: str, *numbers: int) -> bytes:
+    """What decides an order: the same on every machine, and nobody's choice."""
     encoder = Encoder("openledger/order/1").u64(seed).text(what)
     for number in numbers:
         encoder.u64(number)

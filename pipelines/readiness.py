@@ -1,13 +1,15 @@
 """Which adapters a period can pay, and why the others wait.
 
 An adapter is ready when it has an index, when its sum covers enough requests of enough payers (or the
-labelled test setting lets a small one pass), and when every transcript opens. Whatever is not ready is
-carried and listed: its receipts are paid, once, by a later period."""
+labelled test setting lets a small one pass), when every transcript opens, and when its fees are worth the
+replay or old enough (``method.py``). Whatever is not ready is carried and listed: its receipts are paid,
+once, by a later period."""
 
 from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
+from attribution.errors import Corrupted, Rejected
 from attribution.fixed_point import fraction_bits
 from attribution.gradients import Example
 from attribution.index import Index
@@ -19,6 +21,7 @@ from cluster.storage import Storage
 from cluster.tables import AdapterRow
 from cluster.transcripts import open_sealed
 from pipelines.answer_sums import Answer, Chunk, chunks_of
+from pipelines.method import Choice, Means, expected_replay_s, method_for
 from pipelines.outstanding import Outstanding
 
 TRANSCRIPTS_AT_ONCE = 200
@@ -43,6 +46,7 @@ class Closable:
     outstanding: Outstanding
     owner_id: bytes
     index_id: bytes
+    trajectory: str
     manifest_ids: tuple[bytes, ...]
     bits: int
     chunks: tuple[Chunk, ...]
@@ -51,9 +55,10 @@ class Closable:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The same with its files."""
+    """The same with its files, and by which means it is to be closed."""
 
     closable: Closable
+    choice: Choice
     index: Index
     manifests: tuple[Manifest, ...]
 
@@ -86,6 +91,7 @@ def prepare(
         due,
         bytes.fromhex(row.owner_id),
         index_id,
+        row.trajectory,
         tuple(bytes.fromhex(one) for one in row.manifest_ids.split(",") if one),
         bits,
         tuple(chunks_of(index_id, bits, answers)),
@@ -93,10 +99,22 @@ def prepare(
     )
 
 
-def open_files(storage: Storage, closable: Closable) -> Ready:
+def open_files(storage: Storage, closable: Closable, rule: PeriodSettings, now: int) -> Ready | Carried:
     """Outside any transaction: storage may be far away."""
+    due = closable.outstanding
+    choice = _choose(storage, closable.trajectory, due, rule, now)
+    if choice.means is Means.WAIT:
+        return Carried(due.adapter_id, due.fee_gwei, "not_worth_a_replay", choice.reason)
     manifests = tuple(stored_manifest(storage, one) for one in closable.manifest_ids)
-    return Ready(closable, stored_index(storage, closable.index_id), manifests)
+    return Ready(closable, choice, stored_index(storage, closable.index_id), manifests)
+
+
+def _choose(storage: Storage, trajectory: str, due: Outstanding, rule: PeriodSettings, now: int) -> Choice:
+    try:
+        replay_s = expected_replay_s(storage, trajectory)
+    except (Rejected, Corrupted) as refusal:
+        return Choice(Means.CHEAP, f"no replay: {refusal.code}")
+    return method_for(due.fee_gwei, replay_s, now - due.oldest_s, rule)
 
 
 def _open_answers(session: Session, key: bytes, due: Outstanding) -> tuple[int, list[Answer]]:

@@ -77,6 +77,11 @@ def write_beginning(storage: Storage, spec: TrainingSpec, plan: Plan) -> None:
         "num_workers": spec.num_workers,
         "versions": {name: version(name) for name in VERSIONS},
     }
+    storage.put(f"{spec.trajectory}/spec.json", _json(document))
+    storage.put(f"{spec.trajectory}/order.json", _order(spec, plan))
+
+
+def _order(spec: TrainingSpec, plan: Plan) -> bytes:
     num_steps = len(plan.steps)
     order = {
         "normaliser": plan.normaliser,
@@ -88,8 +93,38 @@ def write_beginning(storage: Storage, spec: TrainingSpec, plan: Plan) -> None:
         "steps": plan.steps,
         "learning_rates": [learning_rate(spec.config, step, num_steps) for step in range(1, num_steps + 1)],
     }
-    storage.put(f"{spec.trajectory}/spec.json", _json(document))
-    storage.put(f"{spec.trajectory}/order.json", _json(order))
+    return _json(order)
+
+
+def check_order(storage: Storage, spec: TrainingSpec, plan: Plan) -> None:
+    """``Corrupted`` if the order on record is not this plan's."""
+    if storage.get(f"{spec.trajectory}/order.json") != _order(spec, plan):
+        raise Corrupted(
+            "trajectory_order", f"{spec.trajectory}: its order.json is not what spec.json and manifests make"
+        )
+
+
+def recorded_training(storage: Storage, trajectory: str) -> TrainingSpec:
+    """All that a trajectory followed from.
+
+    Raises:
+        Rejected: ``not_found``; ``no_training``, it has a configuration only and cannot be made again.
+        Corrupted: it is named by something else.
+    """
+    document = json.loads(storage.get(f"{trajectory}/spec.json"))
+    try:
+        spec = TrainingSpec(
+            bytes.fromhex(document["base_id"]),
+            tuple(bytes.fromhex(one) for one in document["manifest_ids"]),
+            TrainingConfig.model_validate(document["config"]),
+            document["seed"],
+            document["num_workers"],
+        )
+    except (KeyError, ValueError) as error:
+        raise Rejected("no_training", f"{trajectory}/spec.json lacks {error}", field="trajectory") from error
+    if spec.trajectory != trajectory:
+        raise Corrupted("trajectory_name", f"{trajectory} holds the spec of {spec.trajectory}")
+    return spec
 
 
 def recorded_config(storage: Storage, trajectory: str) -> TrainingConfig:

@@ -5,6 +5,7 @@ import json
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -25,9 +26,12 @@ from cluster.tables import AdapterRow, BatchRow
 from cluster.transcripts import Transcript, key_path, load_key, seal
 from pipelines.index import IndexSpec, SketchAll, build_index
 from pipelines.job import Ground
+from pipelines.training import adapter_weights
+from pipelines.trajectory import read_state, recorded_steps, write_done
 from tests import toys
 from tests.cluster.money import NOW, fund, hold
 from tests.toy_models import random_adapter, tiny_base
+from tests.toy_trainings import record_training
 
 TRAJECTORY = "trajectories/toy"
 STEPS = (0, 4, 8)
@@ -77,6 +81,28 @@ def _published(ground: Ground, manifest: Manifest, name: str, seed: int = 0) -> 
             manifest_ids=(manifest.manifest_id,),
             owner_id=OWNER,
             trajectory=trajectory,
+            price_gwei_per_token=2000,
+            now=NOW,
+        )
+
+
+def publish_trained(world: World, name: str, **how: Any) -> Adapter:
+    """An adapter whose training really happened and can be replayed; it answers as that training ended."""
+    storage = world.ground.storage
+    training = record_training(storage, world.base_path, world.manifest, **how)
+    last = recorded_steps(storage, training.trajectory)[-1]
+    trained = {n: s.value for n, s in read_state(storage, training.trajectory, last).items()}
+    adapter_id = store_adapter(storage, pack(adapter_weights(training.base_id, trained, training.config)))
+    write_done(storage, training.trajectory, adapter_id, 1.0)
+    with writing(world.ground.engine) as session:
+        return publish(
+            session,
+            adapter_id=adapter_id,
+            name=name,
+            base_id=training.base_id,
+            manifest_ids=training.manifest_ids,
+            owner_id=OWNER,
+            trajectory=training.trajectory,
             price_gwei_per_token=2000,
             now=NOW,
         )

@@ -140,5 +140,10 @@ def say_everything(settings: Settings, ref: str) -> None:
     assert receipt and receipt[1] in say("evidence", receipt[1], "--key-of", "payer")
     assert ref in say("usage", "--key-of", "payer")
     assert "settler" in say("status") and "http" in say("jobs-url")
-    assert "ok" in say("chain", "verify") and "holds" in say("audit", "--provenance")
+    assert "ok" in say("chain", "verify")
+    audited = say("audit", "--provenance", "--influence")
+    for name in ("arithmetic", "provenance", "influence"):
+        assert re.search(f"^{name} audit: [^\n]*[1-9]", audited, re.MULTILINE)
+    assert audited.count("\nholds") == 3
+    assert "not paid yet" in say("explain", receipt[1])
     assert "Wallets" in say("claim", "all")

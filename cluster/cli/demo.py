@@ -264,6 +264,7 @@ def settle(stage: Stage) -> None:
 def close(stage: Stage) -> int:
     period_id = money.close_period(stage.settings, show_log)
     paid = money.print_payouts(stage.settings, period_id)
+    money.print_methods(stage.settings, period_id)
     fees = money.captured_gwei(stage.engine, period_id)
     console.print(f"payouts with the pool {paid} gwei, captured fees {fees} gwei")
     stage.story.goal("payouts_minus_captured_gwei", paid - fees, "0", paid == fees)

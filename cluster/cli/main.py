@@ -200,6 +200,14 @@ def evidence(receipt_id: str, key_of: KeyOf = PAYER) -> None:
     money.evidence(load_settings(), receipt_id, key_of)
 
 
+@app.command()
+def explain(receipt_id: str) -> None:
+    """What one answer put into every record's credit: one replay of the training on its own gradient."""
+    from cluster.cli import money
+
+    money.explain(load_settings(), receipt_id)
+
+
 @period.command("close")
 def period_close() -> None:
     """Pay out all that is settled and not yet paid: credits, payouts, one reward root on chain."""
@@ -225,6 +233,7 @@ def audit(
     da: Annotated[str, typer.Option(help="eigenda-proxy; `none` for the archive alone")] = "",
     archive: Annotated[str, typer.Option(help="file:DIR or s3://BUCKET/PREFIX; `none` for DA alone")] = "",
     provenance: Annotated[bool, typer.Option(help="also follow records to receipts, in our rows")] = False,
+    influence: Annotated[bool, typer.Option(help="also replay trainings; takes as long and more")] = False,
     tag: Annotated[str, typer.Option(help="latest, safe or finalized")] = "latest",
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
 ) -> None:
@@ -232,7 +241,8 @@ def audit(
     from cluster.cli import audit
 
     where = audit.Where(rpc, addresses, da, archive, tag)
-    if not audit.audit(load_settings(), where, provenance, as_json):
+    asked = {"provenance": provenance, "influence": influence}
+    if not audit.audit(load_settings(), where, [name for name, is_on in asked.items() if is_on], as_json):
         sys.exit(4)
 
 

@@ -2,6 +2,7 @@
 drawing it.
 """
 
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,9 +40,24 @@ def evidence(settings: Settings, receipt_id: str, key_of: str) -> None:
     print_receipt(engine, get(settings, f"/v1/receipts/{receipt_id}", key_of))
 
 
+def explain(settings: Settings, receipt_id: str, top: int = 12) -> None:
+    """Run the job and show the largest parts, of either sign, in gwei of directed loss."""
+    plain = receipt_id.lower().removeprefix("0x")
+    run_id = f"explain-{plain[:16]}-{secrets.token_hex(4)}"  # again after the close it says something else
+    outcome = run_job(settings, "explain", {"receipt_id": plain}, run_id, console.print)
+    for adapter_id, part in outcome.items():
+        credits_ = sorted(part["credits"].items(), key=lambda one: (-abs(one[1]), one[0]))
+        rows = [(group, f"{value / 2 ** part['bits']:+.3f}") for group, value in credits_[:top]]
+        rest = sum(value for _, value in credits_[top:])
+        rows += [(f"{len(credits_) - top} more", f"{rest / 2 ** part['bits']:+.3f}")] if rest else []
+        paid = f"period {part['period_id']}" if part["period_id"] else "not paid yet"
+        table(f"Adapter {adapter_id[:12]}…, {part['fee_gwei']} gwei, {paid}", ["group", "part"], rows)
+
+
 def close(settings: Settings) -> None:
     period_id = close_period(settings, console.print)
     print_payouts(settings, period_id)
+    print_methods(settings, period_id)
 
 
 def claim(settings: Settings, contributors: Sequence[str]) -> None:
@@ -115,13 +131,14 @@ def claim_for(settings: Settings, engine: Engine, ids: Sequence[bytes]) -> tuple
 
 def active_payload(settings: Settings, engine: Engine, rollup: Rollup) -> PeriodPayload:
     """The payload of the period that is active on chain, from our archive."""
-    active = rollup.active_period().period_id
+    return archived_period(settings, engine, rollup.active_period().period_id)
+
+
+def archived_period(settings: Settings, engine: Engine, period_id: int) -> PeriodPayload:
     with reading(engine) as session:
-        row = session.get(PeriodRow, active)
+        row = session.get(PeriodRow, period_id)
         if row is None:
-            raise Rejected(
-                "no_active_period", f"period {active} is active on chain, none of that number is ours"
-            )
+            raise Rejected("no_such_period", f"none of our periods has the number {period_id}")
         key = f"blobs/{row.payload_hash}"
     return decode_period(open_storage(settings.storage_url, s3_endpoint=settings.s3_endpoint).get(key))
 
@@ -175,6 +192,15 @@ def print_payouts(settings: Settings, period_id: int, top: int = 12) -> int:
     total = sum(amount for _, _, amount in lines)
     table(f"Period {period_id} pays", ["role", "who", "amount"], [*shown, ("sum", "", tokens(total))])
     return total
+
+
+def print_methods(settings: Settings, period_id: int) -> None:
+    """By which method each adapter's credits were made, what it cost and why; and who was carried."""
+    period = archived_period(settings, connect(settings.database_url), period_id)
+    for close in period.adapters:
+        console.print(f"{close.adapter_id.hex()[:12]}… by {close.method}", highlight=False, markup=False)
+    for adapter_id, fee_gwei in period.carried:
+        console.print(f"{adapter_id.hex()[:12]}… is carried with {tokens(fee_gwei)}", highlight=False)
 
 
 def captured_gwei(engine: Engine, period_id: int) -> int:

@@ -33,7 +33,7 @@ from chain.events import (
     Position,
     Registered,
 )
-from chain.findings import Finding
+from chain.findings import Finding, Report
 from chain.payload_source import PayloadSource
 from chain.replay import Replay
 from cluster.storage import open_storage
@@ -170,8 +170,11 @@ class History:
         self.events.append(Claimed(self._at(), who, paid_to or wallet, *amounts))
 
     def audit(self, escrow_gwei: int = 10**6, distributor_gwei: int = 10**6) -> list[Finding]:
+        return list(self.report(escrow_gwei, distributor_gwei).findings)
+
+    def report(self, escrow_gwei: int = 10**6, distributor_gwei: int = 10**6) -> Report:
         replay = Replay(DEPLOYMENT, PayloadSource(None, open_storage(f"file:{self.folder}")))
         for event in self.events:
             replay.apply(event)
         replay.finish(escrow_gwei * WEI_PER_GWEI, distributor_gwei * WEI_PER_GWEI)
-        return replay.findings
+        return replay.report()

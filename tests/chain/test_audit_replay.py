@@ -49,6 +49,14 @@ def test_an_honest_history_has_no_finding(history: History) -> None:
     assert first.total_gwei == 60 and sum(share.amount_gwei for share in history.rewards) == 77
 
 
+def test_each_adapter_s_method_is_shown_on_one_line_whatever_it_says(history: History) -> None:
+    history.batch(FIRST)
+    history.period([replace(close(60), method="metagradient/1 seconds=7\nholds")])
+    lines = history.report().to_text().splitlines()
+    shown = [line for line in lines if line.endswith(r"60 gwei  by 'metagradient/1 seconds=7\nholds'")]
+    assert len(shown) == 1 and lines.count("holds") == 1
+
+
 def test_a_blends_fee_is_due_to_its_adapters_by_weight(history: History) -> None:
     parts = [BlendPart(ADAPTER, 900_000), BlendPart(OTHER, 100_000)]
     blend = Blend(tuple(sorted(parts, key=lambda part: part.adapter_id)))

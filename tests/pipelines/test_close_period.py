@@ -1,9 +1,11 @@
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from sqlalchemy import func, select, update
+from safetensors.torch import load, save
+from sqlalchemy import delete, func, select, update
 
 from attribution.errors import Corrupted, Rejected
 from attribution.fixed_point import fraction_bits, to_fixed_point
@@ -20,11 +22,16 @@ from cluster.database import reading, writing
 from cluster.indexes import stored_index
 from cluster.ledger import FEES, balance, imbalance
 from cluster.models import linear_shapes, load_base
-from cluster.tables import PayoutRow, PeriodRow, TranscriptRow
+from cluster.tables import AdapterRow, PayoutRow, PeriodRow, TranscriptRow
+from pipelines.adapter_close import ReplaySum, credits_of, replay_adapter
 from pipelines.answer_sums import ANSWERS_PER_CHUNK, Chunk, decode_sum, store_sums
 from pipelines.close_period import ClosedPeriod, CloseSpec, SumAnswers, close_period, forget
-from tests.attributed import World, index, pay_for, payers, publish_another, settle
+from pipelines.course import Course
+from pipelines.readiness import SMALL
+from pipelines.trajectory import TrainingSpec
+from tests.attributed import World, index, pay_for, payers, publish_another, publish_trained, settle
 from tests.cluster.money import NOW
+from tests.toy_trainings import Dying, this_process
 
 PLATFORM, HOST, POOL = (bytes([n]) * 32 for n in (0xA, 0xB, 0xC))
 SPEC = CloseSpec(
@@ -47,7 +54,16 @@ def void(_: object) -> None: ...
 
 
 def close(world: World, sum_answers: SumAnswers | None = None, now: int = NOW) -> ClosedPeriod:
-    return close_period(world.ground, SPEC, sum_answers or plainly(world), now)
+    return close_period(world.ground, SPEC, sum_answers or plainly(world), in_this_process(world), now)
+
+
+def in_this_process(world: World, calls: int = 10**6) -> ReplaySum:
+    """Replays without a cluster, killed after so many steps."""
+
+    def open_workers(_: TrainingSpec, course: Course) -> Dying:
+        return Dying(this_process(world.base_path, course), calls)
+
+    return lambda ready, total: replay_adapter(world.ground, ready, total, open_workers)
 
 
 def fees_and_entries(world: World) -> tuple[int, int, dict[str, int]]:
@@ -387,3 +403,95 @@ def test_chunk_names_follow_from_everything_that_decides_a_sum() -> None:
         chunks_of(b"\1" * 32, 20, dearer),
     ):
         assert not {chunk.key for chunk in other} & set(keys)
+
+
+def trained_and_asked(
+    world: World, fee_gwei: int = 100_000, of_everybody: bool = False, **how: object
+) -> Adapter:
+    """An adapter that can be replayed, indexed, with paid answers in a final batch: about the two records of
+    one contributor, who then stands above the controls, or about everything, and nobody does."""
+    adapter = publish_trained(world, "toy/trained", **how)
+    index(world, adapter)
+    (account,) = payers(world, 1)
+    records = [entry.record for entry in world.manifest.entries]
+    for record in records:
+        if of_everybody or record.contributor_id == records[0].contributor_id:
+            question = f"What is {record.subject}?"
+            pay_for(world, account, question, record.answer, fee_gwei=fee_gwei, adapter_id=adapter.adapter_id)
+    settle(world)
+    return adapter
+
+
+def test_a_training_that_can_be_replayed_is_paid_by_its_replay(world: World) -> None:
+    """The credits are those of the published sum, replayed; the statement says what it took and why."""
+    trained_and_asked(world)
+    closed = close(world)
+    (adapter,) = closed.payload.adapters
+    assert adapter.method.startswith("metagradient/1 trajectories/")
+    assert "states=bitwise seconds=" in adapter.method
+    assert "; fees of 200000 gwei, a replay is worth " in adapter.method
+    (done,) = world.ground.storage.list("replays/")
+    kept = json.loads(world.ground.storage.get(done))
+    groups = {e.group.group_id.hex(): e.group.contributor_id for e in world.manifest.entries}
+    assert {c.group_id.hex(): c.value for c in adapter.credits} == kept["trained"]
+    assert {c.group_id.hex(): c.contributor_id for c in adapter.credits} == groups
+    assert list(adapter.controls) == sorted(kept["controls"].values())
+    assert len(adapter.controls) == len(world.manifest.controls) > 0
+    assert fees_and_entries(world) == (200_000, 0, {})
+    assert decode_period(encode_period(closed.payload)) == closed.payload
+
+
+def test_a_close_killed_in_its_replay_gives_the_period_it_would_have_given(world: World) -> None:
+    trained_and_asked(world)
+    with pytest.raises(KeyboardInterrupt):
+        close_period(world.ground, SPEC, plainly(world), in_this_process(world, calls=9), NOW)
+    assert fees_and_entries(world)[0] == 0
+    (position,) = world.ground.storage.list("replays/")
+    assert position.endswith(".safetensors")
+    closed = close(world)
+    (done,) = world.ground.storage.list("replays/")
+    world.ground.storage.delete(done)
+    with writing(world.ground.engine) as session:
+        session.execute(delete(PayoutRow))
+        session.execute(delete(PeriodRow))
+    again = close(world)  # all in one go; posting other entries would be refused
+    assert again.payouts == closed.payouts
+    assert again.payload.adapters[0].credits == closed.payload.adapters[0].credits
+
+
+def test_a_training_that_does_not_come_out_again_is_paid_by_the_cheap_method_and_it_says_so(
+    world: World,
+) -> None:
+    adapter = trained_and_asked(world)
+    with reading(world.ground.engine) as session:
+        trajectory = session.get_one(AdapterRow, adapter.adapter_id.hex()).trajectory
+    key = f"{trajectory}/step_4.safetensors"
+    tensors = load(world.ground.storage.get(key))
+    world.ground.storage.put(key, save({name: 1.01 * tensor for name, tensor in tensors.items()}))
+    (closed,) = close(world).payload.adapters
+    assert closed.method.startswith("damped-fisher/1 ")
+    assert closed.method.endswith("; no replay: replay_deviates; " + SMALL.removeprefix("; "))
+    total = decode_sum(world.ground.storage.get(f"gradient_sums/{closed.gradient_sum_sha256.hex()}"))
+    with reading(world.ground.engine) as session:
+        index_id = session.get_one(AdapterRow, adapter.adapter_id.hex()).index_id
+    opened = stored_index(world.ground.storage, bytes.fromhex(str(index_id)))
+    assert (closed.credits, closed.controls) == credits_of(opened, [world.manifest], total)
+
+
+def test_a_replay_in_which_nobody_stands_above_the_controls_pays_nobody(world: World) -> None:
+    trained_and_asked(world, of_everybody=True)
+    (closed,) = close(world).payload.adapters
+    assert closed.method.startswith("damped-fisher/1 ")
+    assert "; no replay: nothing_above_noise in " in closed.method
+
+
+def test_fees_not_worth_a_replay_wait_and_are_paid_by_the_cheap_method_in_the_end(world: World) -> None:
+    adapter = trained_and_asked(world, fee_gwei=10, seconds=60.0)
+    waiting = close(world)
+    assert waiting.payload.carried == ((adapter.adapter_id, 20),)
+    assert [one.code for one in waiting.carried] == ["not_worth_a_replay"]
+    pay_for(world, payers(world, 1)[0], *QUESTIONS[0], fee_gwei=0)
+    settle(world)
+    (closed,) = close(world, now=NOW + world.ground.settings.period.max_age_s + 3600).payload.adapters
+    assert closed.fee_gwei == 20
+    assert closed.method.startswith("damped-fisher/1 ") and "; at maximum age " in closed.method
