@@ -178,13 +178,10 @@ class EngineHost:
 
     def _deliver(self, bundle: Bundle) -> None:
         with self._lock:
-            owner_of = {key: owner for owner in self._owners.values() for key in owner.request_ids}
-            for event in bundle.events:
-                owner = owner_of.get(event.request_id)
-                if owner is not None:
-                    owner.outbox.put(event)
-                    if event.finish is not None:
-                        owner.request_ids.discard(event.request_id)
+            for owner in self._owners.values():
+                own = [event for event in bundle.events if event.request_id in owner.request_ids]
+                owner.outbox.put(*own)
+                owner.request_ids -= {event.request_id for event in own if event.finish is not None}
 
     def _give_up_silent_owners(self) -> None:
         oldest = self._clock() - self._config.lease_s

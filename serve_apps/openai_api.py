@@ -24,6 +24,7 @@ from serve_apps.ordering import order_of, refuse_unclear
 from serve_apps.services import Caller, Services, Shared
 
 router = APIRouter()
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # dumps would make one per call
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_length=255)]
 
 
@@ -147,4 +148,4 @@ def headers(charge: Charge) -> dict[str, str]:
 
 
 def event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_encode(data)}\n\n"

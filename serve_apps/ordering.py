@@ -11,6 +11,7 @@ from fastapi import Request
 from attribution.commitment import Turn, prompt_sha256
 from attribution.errors import Rejected
 from attribution.hashing import sha256
+from attribution.types import ZERO_ID
 from cluster.accounts import Account
 from cluster.models import has_tools_template, render_prompt
 from serve_apps import catalog
@@ -116,9 +117,11 @@ async def order_of(
     sampling = body.sampling(max_tokens, seed=secrets.randbits(63))
     if not all(bias.token_id < len(shared.tokenizer) for bias in sampling.logit_bias):
         raise Rejected("token_out_of_range", "logit_bias has ids that are no tokens", field="logit_bias")
-    num_public = await asyncio.to_thread(
-        shared.prefixes.num_public, shared.storage, model.prefix_id, prompt.token_ids
-    )
+    num_public = 0
+    if model.prefix_id != ZERO_ID:  # or no thread is asked
+        num_public = await asyncio.to_thread(
+            shared.prefixes.num_public, shared.storage, model.prefix_id, prompt.token_ids
+        )
     return Order(
         account=account,
         model=model,

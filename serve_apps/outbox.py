@@ -10,17 +10,23 @@ from serve_apps.engine.types import TokenEvent
 
 class Outbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Called on the loop's own thread."""
         self._loop = loop
+        self._thread_id = threading.get_ident()
         self._lock = threading.Lock()
         self._pending: dict[bytes, TokenEvent] = {}
         self._is_closed = False
         self._changed = asyncio.Event()
 
-    def put(self, event: TokenEvent) -> None:
+    def put(self, *events: TokenEvent) -> None:
+        """The reader is woken once: what waits already has woken it."""
         with self._lock:
-            before = self._pending.get(event.request_id)
-            self._pending[event.request_id] = before.then(event) if before else event
-        self._wake()
+            was_empty = not self._pending
+            for event in events:
+                before = self._pending.get(event.request_id)
+                self._pending[event.request_id] = before.then(event) if before else event
+        if was_empty and events:
+            self._wake()
 
     def close(self) -> None:
         """No more will come; a reader gets what is left, then nothing."""
@@ -45,5 +51,7 @@ class Outbox:
             await self._changed.wait()
 
     def _wake(self) -> None:
-        if not self._loop.is_closed():
+        if threading.get_ident() == self._thread_id:  # without a system call
+            self._changed.set()
+        elif not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._changed.set)

@@ -1,16 +1,17 @@
 """The forward pass on a CPU by our own kernels: one call for a whole step, over packed weights.
 
-``ModelRunner`` is the oracle and runs wherever this does not. Weights that are exact in bf16 stay in bf16 and
-are multiplied in fp32, which halves what a small batch reads; a bf16 model, where the processor multiplies
-bf16, has its inputs rounded as in torch. All else is fp32. Every number is summed in one order whatever
-else is in the batch, so answers, to the bit, depend on the request alone: how it is batched, chunked or
-preempted changes nothing (tests/serve_apps/engine/test_native.py).
+``ModelRunner`` is the oracle and runs wherever this does not. Of a model in fp32, weights that are exact in
+bf16 stay in bf16 and are multiplied in fp32, which halves what a small batch reads. Of one in bf16, where the
+processor multiplies that, all that enters a product is rounded to it, the cache included; sums and the
+residual stream are fp32, so its logits lie nearer to fp32's than torch's do. Every number is summed in one
+order whatever else is in the batch, so answers, to the bit, depend on the request alone: how it is batched,
+chunked or preempted changes nothing (tests/serve_apps/engine/test_native.py).
 
-Measured on two AVX2 cores with SmolLM2-135M in fp32. tests/bench/serving/engine_speed.py: 168 tokens/s over
-16 adapters and 193 on the base model, 73% and 82% of what torch's own rate of multiplying matrices allows;
-on a busy machine, step by step in turn with torch, 125 against 53 with the same answers. Steps alone: 4 to 5
-times faster at 1 and 8 rows, 2 to 3 at 32 and 64, 1.1 for prompts. With a second busy process on every core
-4.4 times slower, not ten. What did it: packed weights, the cache in place, adapters at true ranks."""
+Measured with SmolLM2-135M by tests/bench/serving/engine_speed.py, W1, beside torch on the same cores. Two
+that multiply bf16 (Zen 5), bf16: 742 tokens/s, two thirds of what torch's own rate of multiplying allows,
+torch 166. Two with AVX2 only, fp32: 168, torch 53 (busy, step by step in turn). With a second busy process on
+every core 4.4 times slower, not ten. What did it: packed weights, the cache in place, adapters at true ranks,
+what comes next fetched while the last is multiplied (native/kernels.cpp)."""
 
 import ctypes
 import math

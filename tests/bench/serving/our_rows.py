@@ -29,6 +29,7 @@ def measure(rows: Rows, plan: Plan) -> None:
         num_active = SWEEP[-1].num_adapters
         with platform(num_active, NUM_REGISTERED - num_active) as opened:
             http_client.warm_up(opened.server, SWEEP[0])
+            opened.wait_until_idle()
             for work in SWEEP:
                 rows.measure(
                     f"ours/{work.name}", lambda work=work: http_client.row(opened.server, work, half)
@@ -38,6 +39,7 @@ def measure(rows: Rows, plan: Plan) -> None:
 def _measure_few(rows: Rows, plan: Plan, opened: Platform) -> None:
     server = opened.server
     http_client.warm_up(server, W1)
+    opened.wait_until_idle()
     rows.measure("ours/w1", lambda: http_client.row(server, W1, plan) | opened.pss_gib())
     if load_kernels() is not None:
         rows.measure("ours/deterministic", lambda: _deterministic(rows.found["ours/w1"]))

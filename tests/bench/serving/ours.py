@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,6 +52,23 @@ class Platform:
         changed = self.settings.engine.model_copy(update=engine)
         app.undeploy()
         app.deploy(self.settings.model_copy(update={"engine": changed}))
+
+    def wait_until_idle(self, timeout_s: float = 60) -> None:
+        """Return when nothing starts up any more: a second in which all together take a fifth of a core."""
+        ends = time.monotonic() + timeout_s
+        while time.monotonic() < ends:
+            before = self._processor_s()
+            time.sleep(1)
+            if self._processor_s() - before < 0.2:
+                return
+
+    def _processor_s(self) -> float:
+        total = 0.0
+        for process in head.processes(self.settings):
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
 
     async def prefilled(self) -> float:
         """Prompt tokens computed so far."""
