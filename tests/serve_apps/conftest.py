@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -30,7 +31,7 @@ from serve_apps.engine.engine import Engine
 from serve_apps.engine.grammar import Grammars
 from serve_apps.engine.loading import EngineConfig, build_engine
 from serve_apps.engine.scheduler import Limits
-from serve_apps.engine.types import EngineRequest, SamplingParams, TokenEvent
+from serve_apps.engine.types import Bundle, EngineRequest, SamplingParams, TokenEvent
 from serve_apps.engine_host import EngineHost, HostConfig
 from serve_apps.http_app import build_app
 from serve_apps.services import Limits as HttpLimits
@@ -55,6 +56,20 @@ class Toys:
     def engine(self, limits: Limits | None = None, **config: object) -> Engine:
         values = {"dtype": torch.float32, "kv_bytes": 4 * 2**20, "limits": limits or Limits(), **config}
         return build_engine(self.base, self.storage, EngineConfig(**values))  # type: ignore[arg-type]
+
+
+class Slowed:
+    """An engine whose steps take a while: how fast the machine is then decides nothing."""
+
+    def __init__(self, engine: Engine, step_s: float) -> None:
+        self._engine, self._step_s = engine, step_s
+
+    def step(self) -> Bundle:
+        time.sleep(self._step_s)
+        return self._engine.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -166,10 +181,10 @@ def open_gateway(
     lease_s: int = 30,
     host_config: HostConfig | None = None,
     renew_every_s: float = 0.5,
-    is_native: bool = True,
+    step_s: float = 0.0,
 ) -> Iterator[Gateway]:
-    """Publishes the toy adapters as ``toy/a1@1`` … and serves until the block ends. By our kernels a long
-    answer of the toy is over within a lease; where it must not be, torch is slow enough."""
+    """Publishes the toy adapters as ``toy/a1@1`` … and serves until the block ends. An answer of the toy is
+    over within milliseconds; where it must not be, a step takes ``step_s`` at least."""
     with writing(database) as session:
         for number, adapter_id in enumerate(toys.adapter_ids, start=1):
             publish(
@@ -183,7 +198,7 @@ def open_gateway(
                 price_gwei_per_token=20,
                 now=1,
             )
-    host = EngineHost(toys.engine(is_native=is_native), host_config)
+    host = EngineHost(Slowed(toys.engine(), step_s) if step_s else toys.engine(), host_config)
     pool = WorkerPool("gateway", renew_every_s)
     tokenizer = load_tokenizer(toys.base.path)
     services = Services(

@@ -146,7 +146,7 @@ def test_who_leaves_pays_for_what_was_sent_of_every_choice(gateway: Gateway) -> 
 
 
 def test_a_lost_worker_makes_all_choices_free(toys: Toys, engine: sqlalchemy.Engine, tmp_path: Path) -> None:
-    silent = {"host_config": HostConfig(lease_s=0.4), "renew_every_s": 60.0}
+    silent = {"host_config": HostConfig(lease_s=0.4), "renew_every_s": 60.0, "step_s": 0.01}
     with open_gateway(toys, engine, tmp_path, **silent) as gateway:  # type: ignore[arg-type]
         client = gateway.client().with_options(max_retries=5)
         with pytest.raises(openai.APIError, match="lost"):

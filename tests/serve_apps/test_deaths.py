@@ -29,7 +29,7 @@ def test_a_worker_that_gives_a_gateway_up_ends_its_answers_clearly_and_for_free(
 
     Between two leases there is no worker for a moment: the client repeats a 503, as it does by default."""
     silent = {"host_config": HostConfig(lease_s=0.4), "renew_every_s": 60.0}
-    with open_gateway(toys, engine, tmp_path, is_native=False, **silent) as gateway:  # type: ignore[arg-type]
+    with open_gateway(toys, engine, tmp_path, step_s=0.01, **silent) as gateway:  # type: ignore[arg-type]
         client = gateway.client().with_options(max_retries=5)
         for _ in range(2):
             with pytest.raises(openai.APIError, match="lost") as caught:
@@ -61,7 +61,7 @@ def test_an_orphaned_reservation_is_given_back_when_its_lease_ends(gateway: Gate
 def test_a_long_answer_outlives_its_lease_by_renewal(
     toys: Toys, engine: sqlalchemy.Engine, tmp_path: Path
 ) -> None:
-    with open_gateway(toys, engine, tmp_path, lease_s=1, is_native=False) as gateway:
+    with open_gateway(toys, engine, tmp_path, lease_s=1, step_s=0.01) as gateway:
         answer = gateway.client().chat.completions.create(
             model="toy/a4", messages=ASK, max_tokens=700, extra_body={"ignore_eos": True}
         )

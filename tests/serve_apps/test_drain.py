@@ -10,7 +10,7 @@ from serve_apps.engine.scheduler import Limits
 from serve_apps.engine.types import Bundle, EngineLoad, EngineRequest
 from serve_apps.engine_host import EngineHost, HostConfig
 from serve_apps.worker_pool import WorkerPool
-from tests.serve_apps.conftest import Toys, request
+from tests.serve_apps.conftest import Slowed, Toys, request
 
 PATIENT = HostConfig(lease_s=600)  # with a gateway that renews so seldom that it hears of nothing in between
 
@@ -28,7 +28,7 @@ async def answer(pool: WorkerPool, asked: EngineRequest) -> int:
 
 def test_a_draining_host_refuses_finishes_and_waits_until_the_gateway_has_read(toys: Toys) -> None:
     async def scenario() -> None:
-        host = EngineHost(toys.engine(is_native=False))
+        host = EngineHost(Slowed(toys.engine(), 0.01))
         stream = host.stream("g")
         await anext(stream)
         running = request((5, 6, 7), max_tokens=60, owner="g")
@@ -82,7 +82,7 @@ def test_a_drained_host_can_be_stopped_while_the_pool_reads_on_elsewhere(toys: T
     """Scale-down: long answers on both workers, one is drained and ends; no answer is cut."""
 
     async def scenario() -> None:
-        hosts = {name: EngineHost(toys.engine(is_native=False)) for name in ("a", "b")}
+        hosts = {name: EngineHost(Slowed(toys.engine(), 0.01)) for name in ("a", "b")}
         pool = WorkerPool("g", renew_every_s=0.2)
         await attached(pool, hosts)
         answers = [asyncio.ensure_future(answer(pool, request((5, 6), max_tokens=150))) for _ in range(6)]

@@ -67,7 +67,7 @@ def withdraw(gateway: Gateway, ref: str) -> None:
 def test_a_withdrawal_ends_answers_under_way_for_free_and_nobody_elses(
     toys: Toys, engine: sqlalchemy.Engine, tmp_path: Path
 ) -> None:
-    with open_gateway(toys, engine, tmp_path, is_native=False) as gateway:
+    with open_gateway(toys, engine, tmp_path, step_s=0.01) as gateway:
         create = gateway.client().chat.completions.create
         create(model="toy/a4", messages=ASK, **SHORT)  # whose prompt is in the cache now
         mine = create(model="toy/a4", messages=ASK, stream=True, **LONG)
