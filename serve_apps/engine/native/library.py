@@ -23,7 +23,8 @@ SOURCES = tuple(
     HERE / name for name in ("kernels.cpp", "attention.h", "projections.h", "tile.h", "vectors.h", "team.h")
 )
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-Wno-psabi")
-# By torch's name for what the processor can do; LANES is the number of floats in a register.
+# By torch's name for what the processor can do, each more than the next; LANES is the number of floats in a
+# register.
 _AVX512 = ("-DLANES=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 VARIANTS = {
     "AVX512_BF16": (*_AVX512, "-mavx512bf16"),
@@ -149,6 +150,12 @@ def variant() -> str:
     if capability == "AVX512":
         return "AVX512_BF16" if torch.cpu.get_capabilities()["avx512_bf16"] else "AVX512"
     return "AVX2" if capability == "AVX2" else "DEFAULT"
+
+
+def runnable() -> list[str]:
+    """All variants that this processor can run, the fastest first."""
+    names = list(VARIANTS)
+    return names[names.index(variant()) :]
 
 
 def multiplies_bf16() -> bool:

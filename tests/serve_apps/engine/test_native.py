@@ -61,8 +61,8 @@ def _as_c(value: object) -> object:
 
 @pytest.fixture(
     scope="module",
-    params=[(library.variant(), 1), (library.variant(), 3), ("DEFAULT", 3)],
-    ids=["one thread", "three threads", "any processor"],
+    params=[(library.variant(), 1), *((name, 3) for name in library.runnable())],
+    ids=lambda param: f"{param[0]}, {param[1]} threads",
 )
 def kit(request: pytest.FixtureRequest) -> Iterator[Kit]:
     variant, num_threads = request.param
