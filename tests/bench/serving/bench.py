@@ -1,6 +1,6 @@
 """Peers and our HTTP door under the same load, in one run on one machine: ``make bench-serving``.
 
-    python -m tests.bench.serving.bench --out FOLDER [--fresh] [--repeat 3] [--limit-s 120] [--only ours ...]
+    python -m tests.bench.serving.bench --out FOLDER [--fresh] [--repeat 3] [--limit-s 120] [--only few ...]
 
 Every engine is asked the same of ``workloads.py``, client included, one after the other. Ours has one
 configuration for all rows, keys, receipts and charges on, evidence off (``OPENLEDGER_ENGINE__*`` changes it).
@@ -28,7 +28,8 @@ from tests.bench.serving import ceiling, our_rows, peer_rows, plots, report
 from tests.bench.serving.rows import Plan, Row, Rows
 from tests.bench.serving.workloads import W1, W2, W4
 
-GROUPS = ("vllm", "transformers", "bare", "ours")
+OURS = {"few": our_rows.measure_few, "sweep": our_rows.measure_sweep}  # each has a Ray of its own
+GROUPS = ("vllm", "transformers", "bare", *OURS)
 
 
 def main() -> None:
@@ -57,12 +58,29 @@ def main() -> None:
                 peer_rows.measure_transformers(rows, plan, model)
     if "bare" in given.only:
         rows.measure("bare", lambda: bare(given.home, plan))
-    if "ours" in given.only:
-        our_rows.measure(rows, plan)
+    for name, measure in OURS.items():
+        if [*given.only] == [name]:
+            measure(rows, plan)
+        elif name in given.only:  # a process speaks to one Ray in its life
+            command = [
+                sys.executable,
+                "-m",
+                "tests.bench.serving.bench",
+                *map(str, _options(given)),
+                "--only",
+                name,
+            ]
+            subprocess.run(command, check=True)
+            rows.read()
     goals = report.goals(rows.found)
     rows.save({"engine": settings.engine.model_dump(), "goals": [str(goal) for goal in goals]})
     plots.plot(rows.found, given.out)
     report.show(rows.found, goals)
+
+
+def _options(given: argparse.Namespace) -> tuple[object, ...]:
+    """For a process that measures one group more."""
+    return "--out", given.out, "--home", given.home, "--repeat", given.repeat, "--limit-s", given.limit_s
 
 
 def machine(base: BaseModel) -> Row:

@@ -17,13 +17,17 @@ NUM_STREAMS, STREAM_TOKENS = 8, 160
 NUM_NEWCOMERS, NEWCOMER_EVERY_S = 4, 0.5
 
 
-def measure(rows: Rows, plan: Plan) -> None:
-    """W1 to W4 where sixteen adapters are in use and little more is known, the sweep where 10,000 are."""
+def measure_few(rows: Rows, plan: Plan) -> None:
+    """W1 to W4 where sixteen adapters are in use and little more is known."""
     few = ("w1", "w2", "w4", "request", "cold", "stall", "w4_without_cache")
     if rows.missing([f"ours/{name}" for name in few]):
         num_cold = len(RANKS) * (NUM_COLD + plan.repeat * NUM_NEWCOMERS)
         with platform(W1.num_adapters + num_cold, 0) as opened:
             _measure_few(rows, plan, opened)
+
+
+def measure_sweep(rows: Rows, plan: Plan) -> None:
+    """W1 over more and more adapters where 10,000 are registered."""
     if rows.missing([f"ours/{work.name}" for work in SWEEP]):
         half = replace(plan, limit_s=plan.limit_s / 2)  # a curve needs fewer repetitions
         num_active = SWEEP[-1].num_adapters

@@ -27,8 +27,13 @@ class Rows:
         self._path = path
         self._started = time.monotonic()
         self.found: dict[str, Row] = {}
-        if path.exists() and not is_fresh:
-            self.found = json.loads(path.read_text())["rows"]
+        if not is_fresh:
+            self.read()
+
+    def read(self) -> None:
+        """What another process has added, too."""
+        if self._path.exists():
+            self.found = json.loads(self._path.read_text())["rows"]
 
     def missing(self, names: list[str]) -> list[str]:
         return [name for name in names if name not in self.found]
