@@ -10,7 +10,8 @@
 // first into an fp32 buffer 78 (dropped), torch in fp32 30 to 80. Decode attention at 64 rows of 160 tokens, which
 // waits for memory: 1.6 times faster with blocks fetched ahead, in huge pages.
 //
-// Measured on two AVX-512 cores that multiply bf16 (Zen 5), SmolLM2-135M, a step of 64 rows of 160 tokens over 16
+// Measured once, by a scratch script that timed the parts of a step, on two AVX-512 cores that multiply bf16 (Zen 5)
+// beside other work, good for the order of things and no more: SmolLM2-135M, a step of 64 rows of 160 tokens over 16
 // adapters, ms: 54 as first run; 46 with the cache and all inputs of products in bf16; 42 with the weights of all maps
 // in one piece and fetched ahead (products of 32 to 64 rows 1.1 to 1.2 times faster); 40 with adapters and gate added
 // where a product still lies in the cache. One of 512 prompt tokens: 181, 188, 161, 144. Panels as the outer loop, 14
